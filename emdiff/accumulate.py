@@ -1,0 +1,111 @@
+r"""Accumulating measurements: one M-density walked from its first measurement to its last.
+
+Appending measurements to y lowers the effective noise from tau to tau' < tau. The old measurements stay; were x known, the mean would be
+
+    ybar' = (tau'/tau)^2 ybar + (1 - (tau'/tau)^2) x + tau' sqrt(1 - (tau'/tau)^2) eps.
+
+x is not known; a *prediction* puts the jump xhat(y) in its place, which drops the spread V[x | y] of x about the jump. In the limit of many
+small steps that is exact (stochastic localisation), but its error is of first order in the step. The *correction* returns the lost spread
+at no cost: with xhat' = xhat(y') evaluated after the prediction,
+
+    ybar'' = ybar' + (1 - (tau'/tau)^2) (xhat' - xhat) / 2.
+
+The prediction moved y' by noise eps, to which xhat' - xhat = V eps/... responds; half of it has just the covariance between x and the
+appended mean that was missing, and the scheme is of second order. xhat' also serves as the next prediction, so each level costs one
+evaluation of the denoiser. On x ~ N(0, s) observed with noise, 32 levels from tau = infinity down to 0.1 keep .967-1.000 of the posterior
+variance over s in [.001, 50]; 32 plain predictions keep .845-.999, and 8 predictions with 3 Langevin steps each .919-1.000
+(tests/test_accumulate.py computes these without sampling).
+
+Between levels the walk may take Langevin steps at the current tau.
+
+Sources: Chain of log-concave Markov chains (Saremi, Park & Bach 2023); for the limit, Sampling from the Sherrington-Kirkpatrick Gibbs
+measure via algorithmic stochastic localization (El Alaoui, Montanari & Sellke 2022); the correction is derived in docs/method.md.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from emdiff.denoise import Denoiser
+from emdiff.langevin import Step, sachs, start_velocity, walk
+
+
+class Sample(NamedTuple):
+    """What a walk over accumulating measurements ends with.
+
+    Attributes:
+        y: The last mean of the measurements, shape (B, *S), of level tau.
+        xhat: The jump from there, shape (B, *S).
+        tau: The last level.
+    """
+
+    y: Tensor
+    xhat: Tensor
+    tau: float
+
+
+def levels(tau_first: float, tau_last: float, count: int, n: float = math.inf) -> list[float]:
+    """Levels of a walk, the coarsest first, such that the levels fused with an observation of noise n fall geometrically.
+
+    With n infinite this is a plain geometric sequence from tau_first; else the fused noise (tau^-2 + n^-2)^(-1/2) of the sequence is
+    geometric, which spends the levels where the observation leaves something to learn. tau_first may be infinite if n is finite; the level
+    itself is then left out, since nothing has been measured there.
+
+    >>> [round(t, 3) for t in levels(8.0, 1.0, 3)]
+    [8.0, 2.828, 1.0]
+    """
+    fuse = lambda tau: (tau**-2 + n**-2) ** -0.5  # noqa: E731
+    a, b = fuse(tau_first), fuse(tau_last)
+    skip = math.isinf(tau_first)
+    ladder = [a * (b / a) ** (i / (count - (not skip))) for i in range(skip, count + skip)]
+    return [(f**-2 - n**-2) ** -0.5 if f**-2 > n**-2 else math.inf for f in ladder]
+
+
+def accumulate(
+    denoiser: Denoiser,
+    y: Tensor,
+    tau: float,
+    taus: list[float],
+    generator: torch.Generator | None = None,
+    corrected: bool = True,
+    steps: int = 0,
+    delta: float = 1.0,
+    gamma: float = 1.0,
+    step: Step = sachs,
+) -> Sample:
+    """Walk from a measurement y of level tau down the levels taus, appending measurements.
+
+    Args:
+        denoiser: Of the prior, or of a posterior (guidance).
+        y: The first mean of measurements, shape (B, *S); any finite value if tau is infinite.
+        tau: Its level; infinite where nothing has been measured.
+        taus: The next levels, decreasing, below tau.
+        generator: Source of randomness.
+        corrected: Correct each prediction to second order.
+        steps: Langevin steps at each level after appending.
+        delta: Their step, in units of the level's tau.
+        gamma: Their friction, per unit time in which tau is 1.
+        step: Their discretisation.
+
+    Returns:
+        Sample(y, xhat, tau) at the last level.
+    """
+    at = lambda y, tau: denoiser.xhat(y[:, None], y.new_tensor([tau]))  # noqa: E731
+    xhat = at(y, tau)
+    for tau_next in taus:
+        keep = (tau_next / tau) ** 2
+        eps = torch.randn(y.shape, generator=generator, dtype=y.dtype, device=y.device)
+        y = keep * y + (1 - keep) * xhat + tau_next * math.sqrt(1 - keep) * eps
+        xhat, before, tau = at(y, tau_next), xhat, tau_next
+        if corrected:
+            y = y + (1 - keep) / 2 * (xhat - before)
+        if steps:
+            score = lambda z, s=y.new_tensor([tau]): denoiser.score(z, s)  # noqa: E731
+            state = start_velocity(y[:, None], 1.0, generator)
+            y = walk(score, state, steps, delta * tau, gamma / tau, 1.0, generator, step).y[:, 0]
+            xhat = at(y, tau)
+    return Sample(y, at(y, tau) if corrected and not steps else xhat, tau)

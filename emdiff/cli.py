@@ -1,0 +1,208 @@
+"""The command line: `emdiff observe | fit | sample | reconstruct`. Torch is imported when a command runs, so that --help answers at once."""
+
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal, Optional
+
+from jsonargparse import ArgumentParser, auto_cli
+
+from emdiff.errors import UsageError
+from emdiff.settings import TrainSettings, WalkSettings
+from observers.recipes import Recipe, identity
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def observe(
+    data: str,
+    noise_std: float,
+    out: str,
+    observer: Recipe = identity(),
+    count: Optional[int] = None,
+    seed: int = 0,
+    device: Device = "auto",
+) -> None:
+    """Make observations of clean data: obs = A x + n. The truth is stored next to them, for evaluation only.
+
+    Args:
+        data: Clean data, .npz, .npy or .h5; uint8 images become [0, 1].
+        noise_std: Standard deviation of n, in the units of the data.
+        out: File to write, .npz or .h5.
+        observer: How A is drawn: identity, mask (keep), projection (rows); --observer.help mask tells more.
+        count: Take the first so many data; all by default.
+        seed: Seed of masks and noise.
+        device: Accepted for uniformity; observing runs on the CPU.
+    """
+    import torch
+
+    from emdiff.observations import Observations, read_data, write_observations
+
+    _positive("--noise-std", noise_std)
+    _suffix("--out", out, (".npz", ".h5", ".hdf5"))
+    x = read_data(Path(data), count)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = observer.draw(tuple(x.shape[1:]), len(x), noise_std, generator)
+    write_observations(Path(out), Observations(drawn.simulate(x, generator), drawn), x)
+    print(f"{len(x)} observations of shape {tuple(x.shape[1:])} through {drawn.name}, noise_std {noise_std:g} -> {out}")
+    print(f"next: emdiff fit --observations {out}")
+
+
+def fit(
+    observations: str,
+    out: Optional[str] = None,
+    iters: int = 10,
+    start: Literal["auto", "gaussian", "self-supervised"] = "auto",
+    guidance: Literal["auto", "fused", "cg", "gmres"] = "auto",
+    relax: Optional[int] = None,
+    observer: Optional[str] = None,
+    noise_std: Optional[float] = None,
+    shape: Optional[list[int]] = None,
+    uint8_range: bool = False,
+    seed: int = 0,
+    device: Device = "auto",
+    wandb: Literal["auto", "online", "offline", "off"] = "auto",
+    walk: WalkSettings = WalkSettings(),
+    train: TrainSettings = TrainSettings(),
+) -> None:
+    """Learn a prior from observations; running the same command again continues it.
+
+    Args:
+        observations: File of observations, .npz or .h5.
+        out: Run folder. Unset: runs/NAME-HASH of the observations and the settings, so that the same command finds its run again.
+        iters: EM iterations; more than a finished run has continues it.
+        start: Where EM starts from; auto says which it took and why.
+        guidance: How observations guide walks; auto says which it took and why.
+        relax: Most iterations, at the beginning, that over-relax (coarse jumps, re-noised): fast, but biased, so they end early where the
+            residual chi2 allows no more. Unset: 2 after a self-supervised start, 6 after a Gaussian one.
+        observer: Name of the observer, if the file does not hold it or holds another.
+        noise_std: Noise level in the units of the observations, likewise.
+        shape: Shape of x, likewise.
+        uint8_range: Accept uint8 observations and divide them by 255.
+        seed: Seed of everything random.
+        device: cpu, cuda, or whichever is there.
+        wandb: Weights & Biases: auto is online where you are logged in, else offline.
+        walk: The E-step.
+        train: The M-step.
+    """
+    config = {name: asdict(value) if name in ("walk", "train") else value for name, value in locals().items()}
+    from emdiff.commands import fit_command
+
+    _at_least("--iters", iters, 1)
+    fit_command(config)
+
+
+def sample(
+    run: str,
+    count: int = 64,
+    out: str = "samples.npz",
+    levels: int = 64,
+    steps: int = 0,
+    seed: int = 0,
+    device: Device = "auto",
+) -> None:
+    """Draw unconditional samples from a run's prior, and a picture of them.
+
+    Args:
+        run: Run folder of `emdiff fit`.
+        count: Number of samples.
+        out: File to write, .npz with x in the units of the data; the picture gets its name with .png.
+        levels: Noise levels of the walk; more is slower and more exact.
+        steps: Langevin steps at each level.
+        seed: Seed.
+        device: Where to run.
+    """
+    from emdiff.commands import sample_command
+
+    for name, value in {"--count": count, "--levels": levels}.items():
+        _at_least(name, value, 1 if name == "--count" else 2)
+    _at_least("--steps", steps, 0)
+    _suffix("--out", out, (".npz",))
+    sample_command(Path(run), count, Path(out), levels, steps, seed, device)
+
+
+def reconstruct(
+    run: str,
+    observations: str,
+    samples: int = 4,
+    out: str = "reconstructions.npz",
+    observer: Optional[str] = None,
+    noise_std: Optional[float] = None,
+    shape: Optional[list[int]] = None,
+    uint8_range: bool = False,
+    seed: int = 0,
+    device: Device = "auto",
+) -> None:
+    """Sample x | obs for every observation of a file, under a run's prior; writes samples, mean and std, and a picture.
+
+    Args:
+        run: Run folder of `emdiff fit`.
+        observations: File of observations, not necessarily the ones the run learned from.
+        samples: Posterior samples per observation, at least 2 for a std.
+        out: File to write, .npz with samples (N, samples, *S), mean and std (N, *S).
+        observer: Name of the observer, if the file does not hold it.
+        noise_std: Noise level, if the file does not hold it.
+        shape: Shape of x, if the file does not hold it.
+        uint8_range: Accept uint8 observations and divide them by 255.
+        seed: Seed.
+        device: Where to run.
+    """
+    from emdiff.commands import reconstruct_command
+    from emdiff.observations import read_observations
+
+    _at_least("--samples", samples, 2)
+    _suffix("--out", out, (".npz",))
+    data = read_observations(Path(observations), observer, noise_std, tuple(shape) if shape else None, uint8_range)
+    reconstruct_command(Path(run), data, samples, Path(out), seed, device)
+
+
+def _positive(name: str, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise UsageError(f"{name} is {value:g}; it has to be a positive, finite number in the units of the data")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise UsageError(f"{name} is {value}; give {least} or more")
+
+
+def _suffix(name: str, path: str, known: tuple[str, ...]) -> None:
+    if not path.endswith(known):
+        raise UsageError(f"{name} is {path}; its name has to end with {' or '.join(known)}")
+
+
+class Parser(ArgumentParser):
+    """A parser whose complaints are one line, and status 2."""
+
+    def error(self, message, ex=None):
+        """Print the complaint and leave."""
+        lines = [line.strip() for line in str(message).splitlines() if line.strip()]
+        print(f"emdiff: {' '.join(lines)}; see --help", file=sys.stderr)
+        sys.exit(2)
+
+
+COMMANDS = {"observe": observe, "fit": fit, "sample": sample, "reconstruct": reconstruct}
+
+
+def dashes(argument: str) -> str:
+    """--noise-std=0.5 -> --noise_std=0.5; values are left alone."""
+    found = re.match(r"--[A-Za-z][\w.-]*", argument)
+    return argument if not found else found[0][:2] + found[0][2:].replace("-", "_") + argument[found.end() :]
+
+
+def main(arguments: Optional[list[str]] = None) -> None:
+    """Run a command; bad input ends with status 2 and one message."""
+    arguments = [dashes(a) for a in (sys.argv[1:] if arguments is None else arguments)]
+    try:
+        auto_cli(COMMANDS, args=arguments, as_positional=False, allow_abbrev=False, parser_class=Parser, prog="emdiff")
+    except UsageError as error:
+        print(f"emdiff: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("emdiff: interrupted; the same command continues at the last finished round", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

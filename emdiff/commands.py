@@ -1,0 +1,245 @@
+"""What the commands do once their arguments are read: settings resolved from the data, phases shown, files written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from emdiff.em import Walk, choose_guidance, e_step
+from emdiff.errors import UsageError
+from emdiff.figures import save_progress, save_rows, save_samples
+from emdiff.files import write_arrays
+from emdiff.fit import Plan, run_fit
+from emdiff.metrics import residual_chi2, truth_figures
+from emdiff.observations import Observations, read_observations, read_truth
+from emdiff.prior import choose_network, load_prior, sample_prior
+from emdiff.runs import FREE, Run, fingerprint, latest_prior
+from emdiff.scale import estimate_scale
+from emdiff.start import choose_start
+from emdiff.track import Tracker
+
+Config = dict[str, Any]
+
+
+def resolve_device(wanted: str) -> str:
+    """cpu or cuda.
+
+    Raises:
+        UsageError: if cuda is wanted and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no GPU here; use --device cpu or auto")
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+class Console:
+    """Progress bars that name the phase and the time left, and a line per round; pictures and W&B at the end of each round."""
+
+    def __init__(self, run: Run, tracker: Tracker) -> None:
+        self.run, self.tracker, self.bar = run, tracker, None
+
+    def phase(self, name: str, total: int) -> Callable[..., None]:
+        """A new bar; returns its update (done, loss)."""
+        self.close()
+        layout = "{desc:<36} {percentage:3.0f}% |{bar:24}| {elapsed}<{remaining}{postfix}"
+        self.bar = bar = tqdm(total=total, desc=name, bar_format=layout, leave=False, mininterval=0.5, file=sys.stderr)
+
+        def update(done: int, loss: float | None = None) -> None:
+            if loss is not None:
+                bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            bar.update(done - bar.n)
+
+        return update
+
+    def round(self, k: int, metrics: dict[str, Any], pictures: dict[str, Tensor]) -> None:
+        """Say how the round went, and draw it."""
+        self.close()
+        names = {"chi2": "chi2", "sample_std": "std", "observation_agreement": "agreement", "error": "error", "restarted": "restarted"}
+        figures = "  ".join(f"{label} {metrics[name]:.4g}" for name, label in names.items() if name in metrics)
+        print(f"{'start   ' if not k else f'round {k:3d}'}  {figures}  ({metrics['seconds']:.0f} s)", flush=True)
+        folder = self.run.path / "figures"
+        for name, x in pictures.items():
+            save_samples(folder / f"{name}_{k:03d}.png", x, f"{name}, iteration {k}")
+        history = [self.run.metrics(j) for j in range(k + 1)]
+        save_progress(folder / "progress.png", history)
+        self.tracker.log(metrics, pictures)
+
+    def close(self) -> None:
+        """End the current bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def fit_command(config: Config) -> None:
+    """`emdiff fit`."""
+    path, device = Path(config["observations"]), resolve_device(config["device"])
+    shape = tuple(config["shape"]) if config["shape"] else None
+    data = read_observations(path, config["observer"], config["noise_std"], shape, config["uint8_range"])
+    scale = estimate_scale(data, torch.Generator().manual_seed(config["seed"]))
+    plan, reasons = make_plan(config, data, device)
+    resolved = resolved_config(config, plan)
+    out = Path(config["out"]) if config["out"] else Path("runs") / default_name(path, resolved)
+    run = Run(out, resolved, path)
+    print_plan(data, scale, plan, reasons, out, run.finished())
+    tracker = Tracker(config["wandb"], out, resolved, warn=lambda line: print(f"note: {line}"))
+    console = Console(run, tracker)
+    truth = read_truth(path)
+    try:
+        run_fit(data, scale, plan, run, console, (lambda x: truth_figures(x, truth)) if truth is not None else (lambda x: {}))
+    finally:
+        console.close()
+        tracker.close()
+    print(f"prior: {run.round_path(plan.iters) / 'prior.safetensors'}   pictures: {out / 'figures'}   figures: {out / 'metrics.jsonl'}")
+    print(f"next: emdiff sample --run {out} --out samples.npz; emdiff reconstruct --run {out} --observations {path}")
+
+
+def make_plan(config: Config, data: Observations, device: str) -> tuple[Plan, dict[str, str]]:
+    """Fill in what the user left open; returns the plan and the reasons for what was chosen.
+
+    Raises:
+        UsageError: for settings out of range or that do not go together.
+    """
+    walk, train = config["walk"], config["train"]
+    check_ranges(walk, train, config["relax"])
+    try:
+        start = choose_start(data, config["start"])
+        guidance, reason = choose_guidance(data, config["guidance"])
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    tau_first = walk["tau_first"] or (math.inf if guidance == "fused" else 0.8)
+    if not tau_first > walk["tau_last"]:
+        raise UsageError(f"--walk.tau-first {tau_first:g} is not above --walk.tau-last {walk['tau_last']:g}; levels fall from first to last")
+    if guidance != "fused" and not math.isfinite(tau_first):
+        raise UsageError(f"--walk.tau-first has to be finite with guidance {guidance}; 0.8 is a good value")
+    batch = walk["batch"] or (4096 if device == "cuda" else 500)
+    chosen = Walk(**{**walk, "guidance": guidance, "tau_first": tau_first, "batch": batch})
+    relax = config["relax"] if config["relax"] is not None else (6 if start.kind == "gaussian" else 2)
+    steps = train["steps"] or default_steps(len(data), device)
+    network = choose_network(data.shape)
+    plan = Plan(
+        config["iters"], start, chosen, network, train["start_steps"], steps, train["batch"], train["rate"], relax,
+        seed=config["seed"], device=device,
+    )  # fmt: skip
+    return plan, {"start": start.reason, "guidance": reason}
+
+
+def default_steps(count: int, device: str) -> int:
+    """Steps of an M-step: about 30 passes over the data, at least 200, at most 700 on a CPU and 4000 on a GPU."""
+    return int(min(max(200, 30 * count / 128), 4000 if device == "cuda" else 700))
+
+
+def check_ranges(walk: Config, train: Config, relax: int | None) -> None:
+    """Refuse numbers out of range, naming flag, value and range."""
+    rules: list[tuple[str, Any, float, float]] = [
+        ("--walk.tau-last", walk["tau_last"], 1e-3, 1.0),
+        ("--walk.tau-relax", walk["tau_relax"], walk["tau_last"], 2.0),
+        ("--walk.tau-first", walk["tau_first"], 1e-3, math.inf),
+        ("--walk.levels", walk["levels"], 2, 10_000),
+        ("--walk.steps", walk["steps"], 0, 10_000),
+        ("--walk.delta", walk["delta"], 1e-6, 2.0),
+        ("--walk.gamma", walk["gamma"], 1e-6, 1e6),
+        ("--walk.iterations", walk["iterations"], 1, 1000),
+        ("--walk.batch", walk["batch"], 1, 10**7),
+        ("--train.steps", train["steps"], 1, 10**8),
+        ("--train.start-steps", train["start_steps"], 1, 10**8),
+        ("--train.batch", train["batch"], 1, 10**6),
+        ("--train.rate", train["rate"], 1e-8, 1.0),
+        ("--relax", relax, 0, 10**6),
+    ]
+    for flag, value, low, high in rules:
+        if value is not None and not low <= value <= high:
+            raise UsageError(f"{flag} is {value:g}; give a value from {low:g} to {high:g}")
+
+
+def resolved_config(config: Config, plan: Plan) -> Config:
+    """The configuration with nothing left open, in the form that `emdiff fit --config` reads."""
+    walk = {k: v for k, v in plan.walk._asdict().items() if k != "guidance"}
+    walk["tau_first"] = None if math.isinf(plan.walk.tau_first) else plan.walk.tau_first
+    train = {"steps": plan.steps, "start_steps": plan.start_steps, "batch": plan.batch, "rate": plan.rate}
+    chosen = {"start": plan.start.kind, "guidance": plan.walk.guidance, "relax": plan.relax, "device": plan.device}
+    return {**config, **chosen, "walk": walk, "train": train}
+
+
+def default_name(path: Path, resolved: Config) -> str:
+    """NAME-HASH: the file's name and eight hex digits of what a run may not change."""
+    fixed = {k: v for k, v in resolved.items() if k not in FREE}
+    text = json.dumps(fixed, sort_keys=True) + fingerprint(path)
+    return f"{path.stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def print_plan(data: Observations, scale: Any, plan: Plan, reasons: dict[str, str], out: Path, finished: int) -> None:
+    """Say what will be done, and why."""
+    std = data.observer.noise_std.float()
+    noise = f"{float(std.min()):g}" if std.numel() == 1 else f"{float(std.min()):g} to {float(std.max()):g}"
+    walk = plan.walk
+    first = "no measurement" if math.isinf(walk.tau_first) else f"{walk.tau_first * scale.std:.3g}"
+    print(f"observations  {len(data)} of shape {data.shape} through {data.observer.name}, noise_std {noise}")
+    print(f"data          mean {scale.mean:.4g}, std {scale.std:.4g}, estimated from the observations")
+    print(f"start         {plan.start.kind}: {reasons['start']}")
+    print(f"guidance      {walk.guidance}: {reasons['guidance']}")
+    print(f"walk          {walk.levels} levels from {first} to {walk.tau_last * scale.std:.3g} (in the data's units), {walk.steps} Langevin steps at each")
+    print(f"prior         {plan.network['kind']}, {plan.steps} training steps of {plan.batch} per M-step, on {plan.device}")
+    print(f"iterations    {plan.iters}, over-relaxed up to {plan.relax}")
+    print(f"run folder    {out}" + (f", continued after round {finished}" if finished >= 0 else ""), flush=True)
+
+
+def sample_command(run: Path, count: int, out: Path, levels: int, steps: int, seed: int, device: str) -> None:
+    """`emdiff sample`."""
+    device = resolve_device(device)
+    prior = load_prior(latest_prior(run), device)
+    bar = tqdm(total=count, desc="samples", leave=False, file=sys.stderr)
+    generator = torch.Generator(device).manual_seed(seed)
+    x = sample_prior(prior, count, generator, levels, steps, progress=lambda done: bar.update(done - bar.n))
+    bar.close()
+    write_arrays(out, x=x.numpy())
+    picture = out.with_suffix(".png")
+    save_samples(picture, x[:64], f"samples of {run.name}")
+    print(f"{count} samples of shape {prior.shape} -> {out}, picture {picture}")
+    print(f"next: look at {picture}; np.load('{out}')['x'] is in the units of the data")
+
+
+def reconstruct_command(run: Path, data: Observations, samples: int, out: Path, seed: int, device: str) -> None:
+    """`emdiff reconstruct`."""
+    device = resolve_device(device)
+    prior = load_prior(latest_prior(run), device)
+    if data.shape != prior.shape:
+        raise UsageError(f"the observations are of data of shape {data.shape}, the prior of {run} is for {prior.shape}; give --shape or another run")
+    walk = run_walk(run, data, device)
+    standard = prior.scale.observations(data)
+    generator = torch.Generator(device).manual_seed(seed)
+    draws: list[Tensor] = []
+    chains = None if math.isinf(walk.tau_first) else prior.scale.standardise(torch.full((len(data), *data.shape), prior.scale.mean))
+    for i in range(samples):
+        bar = tqdm(total=len(data), desc=f"sample {i + 1} of {samples}", leave=False, file=sys.stderr)
+        end = e_step(prior.denoiser, standard, chains, walk, generator, progress=lambda done, bar=bar: bar.update(done - bar.n))
+        bar.close()
+        chains = None if chains is None else end.y
+        draws.append(prior.scale.restore(end.x))
+    stacked = torch.stack(draws, dim=1)
+    mean, std = stacked.mean(1), stacked.std(1)
+    write_arrays(out, samples=stacked.numpy(), mean=mean.numpy(), std=std.numpy())
+    picture = out.with_suffix(".png")
+    rows = {"sample 1": draws[0], "sample 2": draws[1], "mean": mean, "std": std}
+    save_rows(picture, {"observation": data.obs, **rows} if data.obs.shape[1:] == data.shape else rows)
+    chi2 = float(residual_chi2(data, draws[0]).mean())
+    print(f"{samples} posterior samples of each of {len(data)} observations, residual chi2 {chi2:.3f} (1 is calibrated) -> {out}, picture {picture}")
+    print(f"next: look at {picture}; np.load('{out}') holds samples, mean and std in the units of the data")
+
+
+def run_walk(run: Path, data: Observations, device: str) -> Walk:
+    """The walk a run was made with, with the guidance that these observations allow."""
+    import yaml
+
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    guidance, _ = choose_guidance(data, "auto")
+    walk = {**config["walk"], "guidance": guidance, "batch": 4096 if device == "cuda" else 500}
+    walk["tau_first"] = walk["tau_first"] or (math.inf if guidance == "fused" else 0.8)
+    return Walk(**walk)

@@ -1,0 +1,193 @@
+r"""Denoisers: the Bayes estimator xhat(y) = E[x | y] of measurements y_m = x + sigma_m eps_m, and all that follows from it.
+
+    score of the M-density     grad_m log p(y) = (xhat(y) - y_m) / sigma_m^2                            (eq. 7, Miyasawa 1961)
+    posterior covariance       V u = sigma_m^2 (d xhat / d y_m) u  for every m, so the MEAN over m of these products
+
+V u is computed as a vector-Jacobian product: the exact V is symmetric, so the transpose costs nothing; a learned one is symmetric only
+approximately, and its users (linalg) guard for that.
+
+A denoiser of the posterior p(x | obs) is again a denoiser (guidance): walks and jumps do not know the difference.
+
+Source: Multimeasurement Generative Models (Saremi & Srivastava 2022), Sec. 2.2 and 4.1.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Callable, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from emdiff.measurement import align, pool
+
+Product = Callable[[Tensor], Tensor]
+
+
+class Moments(NamedTuple):
+    """Posterior mean and covariance given measurements.
+
+    Attributes:
+        xhat: E[x | y], shape (B, *S), detached.
+        V: Maps u (B, *S) to V[x | y] u (B, *S).
+    """
+
+    xhat: Tensor
+    V: Product
+
+
+class Denoiser(nn.Module, ABC):
+    """The Bayes estimator of x given measurements with known noise levels.
+
+    Subclasses define `xhat`, differentiable in y; those with a closed form also override `moments`. A denoiser that has one output
+    per measurement overrides `nu`.
+    """
+
+    @abstractmethod
+    def xhat(self, y: Tensor, sigma: Tensor) -> Tensor:
+        """E[x | y].
+
+        Args:
+            y: Measurements (B, M, *S).
+            sigma: Noise levels as in `measurement.align`; infinite where an entry was not measured.
+
+        Returns:
+            The Bayes estimator (B, *S).
+        """
+
+    def nu(self, y: Tensor, sigma: Tensor) -> Tensor:
+        """The M estimates of x, one per measurement, shape (B, M, *S); all equal unless a subclass says otherwise (eq. 8, 20)."""
+        return self.xhat(y, sigma)[:, None].expand(y.shape)
+
+    def score(self, y: Tensor, sigma: Tensor) -> Tensor:
+        """grad_m log p(y), shape (B, M, *S), for finite levels."""
+        return (self.nu(y, sigma) - y) / align(sigma, y).square()
+
+    def moments(self, y: Tensor, sigma: Tensor) -> Moments:
+        """E[x | y] and products with V[x | y], the mean over the finite m of sigma_m^2 (d xhat / d y_m)^T u.
+
+        The products of one call share one forward pass; each is one vector-Jacobian product.
+        """
+        with torch.enable_grad():
+            leaf = y.detach().requires_grad_(True)
+            xhat = self.xhat(leaf, sigma)
+        variance = align(sigma, y).square()
+        finite = variance.isfinite()
+        count = finite.expand(-1, y.shape[1], *finite.shape[2:]).sum(1).clamp(min=1)
+
+        def product(u: Tensor) -> Tensor:
+            (g,) = torch.autograd.grad(xhat, leaf, u.to(xhat.dtype), retain_graph=True)
+            return torch.where(finite, variance * g, 0.0).sum(1) / count
+
+        return Moments(xhat.detach(), product)
+
+
+class GaussianDenoiser(Denoiser):
+    r"""The exact denoiser of x ~ N(mean, S), S = W W^T + diag(psi): a full covariance (psi = 0, W square) or low rank plus diagonal.
+
+    With P = diag(1/tau^2), which may be 0, and G = W / (1 + psi P) row by row (Woodbury):
+
+        V = (S^-1 + P)^-1 = diag(psi / (1 + psi P)) + G (I + W^T P G)^-1 G^T,      xhat = mean + V P (ybar - mean)
+
+    Args:
+        mean: E[x], shape S.
+        factor: W, shape (d, r), d the number of entries of x.
+        psi: Diagonal, non-negative, shape (d,).
+
+    >>> prior = GaussianDenoiser(torch.zeros(1), torch.ones(1, 1), torch.zeros(1))
+    >>> prior.xhat(torch.tensor([[[1.0]]]), torch.tensor([1.0]))
+    tensor([[0.5000]])
+    """
+
+    def __init__(self, mean: Tensor, factor: Tensor, psi: Tensor) -> None:
+        super().__init__()
+        for name, value in {"mean": mean, "factor": factor, "psi": psi}.items():
+            self.register_buffer(name, value)
+
+    @classmethod
+    def from_covariance(cls, mean: Tensor, cov: Tensor) -> GaussianDenoiser:
+        """From a mean of shape S and a full covariance (d, d); negative eigenvalues count as 0."""
+        s, basis = torch.linalg.eigh(cov)
+        return cls(mean, basis * s.clamp(min=0).sqrt(), torch.zeros_like(s))
+
+    def xhat(self, y: Tensor, sigma: Tensor) -> Tensor:
+        """E[x | y], shape (B, *S)."""
+        ybar, precision = pool(y, sigma)
+        return self.mean + self._covariance_product(precision)(precision * (ybar - self.mean))
+
+    def moments(self, y: Tensor, sigma: Tensor) -> Moments:
+        """E[x | y] and products with V, in closed form."""
+        return Moments(self.xhat(y, sigma), self._covariance_product(pool(y, sigma).precision))
+
+    def _covariance_product(self, precision: Tensor) -> Product:
+        """u -> V u for precisions (B or 1, *S or ones)."""
+        P = precision.flatten(1).expand(-1, self.psi.shape[0])
+        shrunk = 1 / (1 + self.psi * P)
+        G = self.factor * shrunk[..., None]
+        inner = torch.einsum("dr,bd,bds->brs", self.factor, P, G)
+        root = torch.linalg.cholesky(inner + torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device))
+
+        def product(u: Tensor) -> Tensor:
+            flat = u.flatten(1)
+            along = torch.cholesky_solve(torch.einsum("bdr,bd->br", G.expand(len(flat), -1, -1), flat)[..., None], root)
+            return (self.psi * shrunk * flat + torch.einsum("bdr,br->bd", G.expand(len(flat), -1, -1), along[..., 0])).reshape(u.shape)
+
+        return product
+
+    def prior_product(self, u: Tensor) -> Tensor:
+        """S u, shape (B, *S)."""
+        flat = u.flatten(1)
+        return (self.psi * flat + (flat @ self.factor) @ self.factor.T).reshape(u.shape)
+
+    def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw x ~ N(mean, S), shape (count, *S)."""
+        like = {"generator": generator, "dtype": self.psi.dtype, "device": self.psi.device}
+        d, r = self.factor.shape
+        x = torch.randn(count, r, **like) @ self.factor.T + self.psi.sqrt() * torch.randn(count, d, **like)
+        return self.mean + x.reshape(count, *self.mean.shape)
+
+    def covariance(self) -> Tensor:
+        """The full covariance S, shape (d, d)."""
+        return self.factor @ self.factor.T + torch.diag(self.psi)
+
+
+class MixtureDenoiser(Denoiser):
+    r"""The exact denoiser of a mixture of Gaussians, x ~ sum_j w_j N(mu_j, S_j), for data that are vectors.
+
+        xhat = sum_j r_j m_j,    m_j = mu_j + S_j (S_j + T)^-1 (ybar - mu_j),    r_j prop. to w_j N(ybar; mu_j, S_j + T),   T = diag(tau^2)
+
+    A level may differ between entries and be infinite: with P = T^-1 the solves use (I + S P)^-1 S, which needs no finite T.
+
+    Args:
+        weights: w, positive, summing to 1, shape (J,).
+        means: mu, shape (J, d).
+        covs: S, shape (J, d, d).
+
+    >>> two = MixtureDenoiser(torch.tensor([0.5, 0.5]), torch.tensor([[-1.0], [1.0]]), torch.zeros(2, 1, 1))
+    >>> two.xhat(torch.tensor([[[100.0]]]), torch.tensor([1.0]))
+    tensor([[1.]])
+    """
+
+    def __init__(self, weights: Tensor, means: Tensor, covs: Tensor) -> None:
+        super().__init__()
+        for name, value in {"weights": weights, "means": means, "covs": covs}.items():
+            self.register_buffer(name, value)
+
+    def xhat(self, y: Tensor, sigma: Tensor) -> Tensor:
+        """E[x | y], shape (B, d)."""
+        ybar, precision = pool(y, sigma)
+        P = precision.expand(ybar.shape)[:, None, :]
+        S = self.covs
+        K = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device) + S * P[..., None, :]
+        gap = ybar[:, None, :] - self.means
+        gain = torch.linalg.solve(K, torch.einsum("jde,bje->bjd", S, P * gap)[..., None])[..., 0]
+        log_r = self.weights.log() - 0.5 * torch.linalg.slogdet(K)[1] - 0.5 * (P * gap * (gap - gain)).sum(-1)
+        return torch.einsum("bj,bjd->bd", log_r.softmax(1), self.means + gain)
+
+    def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw x, shape (count, d)."""
+        dtype, device = self.means.dtype, self.means.device
+        j = torch.multinomial(self.weights, count, replacement=True, generator=generator)
+        root = torch.linalg.cholesky(self.covs + 1e-12 * torch.eye(self.covs.shape[-1], dtype=dtype, device=device))
+        eps = torch.randn(count, self.means.shape[1], generator=generator, dtype=dtype, device=device)
+        return self.means[j] + torch.einsum("bde,be->bd", root[j], eps)

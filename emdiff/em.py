@@ -1,0 +1,262 @@
+r"""Expectation maximisation: learn p(x) from observations by alternating two steps, k = 1, 2, ...
+
+    E-step    x | obs for every observation, under the prior p_{k-1}: walk the posterior's M-density down the levels, jump at the last
+    M-step    p_k: train the denoiser on what the walks ended with
+
+The M-step's targets. A walk ends with a measurement y of level tau_last and its jump xhat(y, obs) = E[x | y, obs], a posterior mean: training on
+re-noised jumps xhat + tau eps loses V[x | y, obs] in every iteration, and the prior contracts. The pair (y, xhat) loses nothing:
+
+    y_tau = y + (tau^2 - tau_last^2)^(1/2) eps  is a measurement of level tau,   E[x | y_tau] = E[ E[x | y, obs] | y_tau ],
+
+so regressing the jump on y_tau has the minimiser of the exact EM update, for every level tau >= tau_last at once.
+
+Exact EM is slow where the prior has too much variance: along a direction of true variance 0 an iteration multiplies s by 1 - (s/(s + n^2))^2.
+Over-relaxed iterations stop the walk at a coarser level tau_relax and re-noise the jump: s becomes about s^2 / (s + tau_relax^2), which ends
+directions of s << tau_relax^2 and costs the others at most tau_relax^2. They are biased, and a direction they have killed comes back only by
+exact EM's slow growth: so they are few, come first, and end as soon as the residual chi2 says that the samples hardly follow the noise.
+
+Sources: Dempster, Laird & Rubin (1977); Learning Diffusion Priors from Observations by Expectation Maximization (Rozet et al. 2024); the pairs
+are derived in docs/method.md.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Callable, NamedTuple
+
+import torch
+from torch import Tensor
+
+from emdiff.accumulate import accumulate, levels
+from emdiff.denoise import Denoiser
+from emdiff.guidance import FusedPosterior, PosteriorDenoiser
+from emdiff.langevin import STEPS
+from emdiff.mdae import MDAE
+from emdiff.observations import Observations
+from emdiff.prior import TAU_FIRST
+
+Progress = Callable[[int], None]
+
+RETRIES = 3
+"""Times a chain that left the data's range is restarted before its last good sample is kept."""
+
+
+class Walk(NamedTuple):
+    """How the E-step walks; levels are in units of the data's std.
+
+    Attributes:
+        guidance: "fused", "cg" or "gmres".
+        tau_first: Level at which persistent chains re-enter; infinite starts every chain anew from its observation (fused only).
+        tau_last: Level of the last jump.
+        tau_relax: Level of the last jump in over-relaxed iterations.
+        levels: Levels from first to last.
+        steps: Langevin steps at each level.
+        delta: Their step, in units of the level's tau.
+        gamma: Their friction, per unit time in which tau is 1.
+        step: Their discretisation, a key of `langevin.STEPS`.
+        iterations: Most solver iterations of "cg" and "gmres".
+        batch: Chains at once.
+    """
+
+    guidance: str = "fused"
+    tau_first: float = math.inf
+    tau_last: float = 0.1
+    tau_relax: float = 0.25
+    levels: int = 32
+    steps: int = 0
+    delta: float = 1.0
+    gamma: float = 1.0
+    step: str = "sachs"
+    iterations: int = 3
+    batch: int = 500
+
+
+class Draws(NamedTuple):
+    """What an E-step ends with, for every observation.
+
+    Attributes:
+        y: Last measurement (N, *S), of level tau.
+        x: Its jump (N, *S).
+        tau: 0 where x are complete samples and y = x.
+        restarted: Chains that left the data's range and were walked again.
+        kept: Chains that did so RETRIES times, and keep their last sample.
+        residual: Mean relative residual of the solves at the last level; 0 without a solver.
+        iterations: Mean solver iterations there.
+    """
+
+    y: Tensor
+    x: Tensor
+    tau: float
+    restarted: int = 0
+    kept: int = 0
+    residual: float = 0.0
+    iterations: float = 0.0
+
+
+def choose_guidance(data: Observations, wanted: str = "auto") -> tuple[str, str]:
+    """Guidance and the reason for it: fused where an observation is one more measurement, else CG.
+
+    Raises:
+        ValueError: if fused is wanted where it does not apply.
+    """
+    fusable = data.rows(slice(0, 1)).observer.as_measurement(data.obs[:1]) is not None
+    if wanted == "fused" and not fusable:
+        raise ValueError(f"--guidance fused needs At cov_obs^-1 A diagonal, and observer {data.observer.name} mixes entries; use cg")
+    if wanted != "auto":
+        return wanted, "as asked"
+    if fusable:
+        return "fused", "each observation is one more measurement of x: exact, no Jacobians"
+    return "cg", f"observer {data.observer.name} mixes entries of x: moment matching"
+
+
+def posterior(prior: Denoiser, data: Observations, walk: Walk) -> Denoiser:
+    """The denoiser of p(x | obs) for a batch of observations."""
+    if walk.guidance == "fused":
+        return FusedPosterior(prior, *data.observer.as_measurement(data.obs))
+    return PosteriorDenoiser(prior, data.observer, data.obs, walk.guidance, walk.iterations)
+
+
+def walk_levels(data: Observations, walk: Walk) -> list[float]:
+    """The levels of a walk on these observations.
+
+    From infinity, where all entries are observed, the fused levels fall geometrically from the observations' own noise; where some are
+    not, the levels themselves do, from TAU_FIRST.
+    """
+    if math.isfinite(walk.tau_first):
+        return levels(walk.tau_first, walk.tau_last, walk.levels)
+    _, sigma = data.observer.as_measurement(data.obs[:1].expand(len(data), *data.obs.shape[1:]))
+    if bool(sigma.isfinite().all()):
+        return levels(math.inf, walk.tau_last, walk.levels, float(sigma.median()))
+    return levels(TAU_FIRST, walk.tau_last, walk.levels)
+
+
+def walk_batch(
+    prior: Denoiser, data: Observations, chains: Tensor | None, walk: Walk, taus: list[float], generator: torch.Generator, tau_chains: float
+) -> Draws:
+    """Sample x | obs for a batch: see `e_step`; nothing is restarted here."""
+    target = posterior(prior, data, walk)
+    tau = walk.tau_first
+    if math.isinf(tau):
+        y = data.obs.new_zeros(len(data), *data.shape)
+    else:
+        tau, taus = taus[0], taus[1:]
+        eps = torch.randn(chains.shape, generator=generator, dtype=chains.dtype, device=chains.device)
+        y = chains + math.sqrt(max(tau**2 - tau_chains**2, 0.0)) * eps
+    end = accumulate(target, y, tau, taus, generator, True, walk.steps, walk.delta, walk.gamma, STEPS[walk.step])
+    solve = getattr(target, "solve", None)
+    if solve is None:
+        return Draws(end.y, end.xhat, end.tau)
+    return Draws(end.y, end.xhat, end.tau, residual=float(solve.residual.mean()), iterations=float(solve.iterations.float().mean()))
+
+
+def escaped(x: Tensor, bound: float) -> Tensor:
+    """Which samples (B, *S) are not finite or leave [-bound, bound], shape (B,)."""
+    flat = x.flatten(1)
+    return ~(flat.abs().amax(1) <= bound)
+
+
+@torch.no_grad()
+def e_step(
+    prior: Denoiser,
+    data: Observations,
+    chains: Tensor | None,
+    walk: Walk,
+    generator: torch.Generator,
+    bound: float = math.inf,
+    progress: Progress = lambda done: None,
+    tau_chains: float | None = None,
+) -> Draws:
+    """Sample x | obs for every observation.
+
+    Args:
+        prior: Denoiser of p_{k-1}.
+        data: All observations, standardised.
+        chains: Last measurements (N, *S) of level tau_chains, from the previous E-step; they re-enter at walk.tau_first with noise added,
+            which leaves their law what it was. None is allowed where walk.tau_first is infinite.
+        walk: How to walk.
+        generator: Source of randomness, on the device of the walk.
+        bound: Samples beyond it, or not finite, are walked again, at most RETRIES times; then the chain keeps its last sample.
+        progress: Called with the number of observations done.
+        tau_chains: Level of chains; walk.tau_last if None.
+
+    Returns:
+        Draws, on the CPU.
+    """
+    device, taus = generator.device, walk_levels(data, walk)
+    tau_chains = walk.tau_last if tau_chains is None else tau_chains
+    parts, restarted, kept = [], 0, 0
+    for i in range(0, len(data), walk.batch):
+        batch = data.rows(slice(i, i + walk.batch)).to(device)
+        before = None if chains is None else chains[i : i + walk.batch].to(device)
+        draws = walk_batch(prior, batch, before, walk, taus, generator, tau_chains)
+        y, x = draws.y, draws.x
+        for _ in range(RETRIES):
+            bad = escaped(x, bound).nonzero()[:, 0]
+            if not len(bad):
+                break
+            restarted += len(bad)
+            again = walk_batch(prior, batch.rows(bad), None if before is None else before[bad], walk, taus, generator, tau_chains)
+            y, x = y.index_copy(0, bad, again.y), x.index_copy(0, bad, again.x)
+        bad = escaped(x, bound)
+        if bool(bad.any()):
+            kept += int(bad.sum())
+            last = torch.zeros_like(x) if before is None else before
+            y, x = (torch.where(bad.reshape(-1, *[1] * (x.ndim - 1)), last, a) for a in (y, x))
+        parts.append(draws._replace(y=y.cpu(), x=x.cpu()))
+        progress(min(i + walk.batch, len(data)))
+    mean = lambda name: sum(getattr(p, name) for p in parts) / len(parts)  # noqa: E731
+    joined = [torch.cat([getattr(p, name) for p in parts]) for name in ("y", "x")]
+    return Draws(*joined, parts[0].tau, restarted, kept, mean("residual"), mean("iterations"))
+
+
+def over_relaxed(draws: Draws) -> Draws:
+    """Jumps taken for complete samples, to be re-noised: the biased M-step."""
+    return draws._replace(y=draws.x, tau=0.0)
+
+
+class PairLoss:
+    """The M-step's loss: regress the jumps on measurements of every level from tau_last up.
+
+    Levels are log-normal about exp(centre) with a log-std of 1.3, stratified over the batch and cut to [tau_last, TAU_FIRST]. Where
+    observations are fused with levels per entry, half of the inputs have the level map that fusion with some datum's observation
+    makes of their level, so that the prior knows the maps it will be walked with.
+
+    Args:
+        draws: Of the E-step.
+        tau_last: Finest level to train.
+        sigma_z: Levels of the observations as measurements (N, *S), where they differ between entries; else None.
+        centre: Mean of log tau.
+    """
+
+    def __init__(self, draws: Draws, tau_last: float, sigma_z: Tensor | None = None, centre: float = -0.3) -> None:
+        self.draws, self.tau_last, self.sigma_z, self.centre = draws, tau_last, sigma_z, centre
+
+    def __call__(self, denoiser: MDAE, index: Tensor, generator: torch.Generator) -> Tensor:
+        """The mean loss of a batch of indices (B,), shape ()."""
+        device, where = generator.device, index.to(self.draws.x.device)
+        x, y = self.draws.x[where].to(device), self.draws.y[where].to(device)
+        tau = self.levels(len(index), generator).reshape(-1, *[1] * (x.ndim - 1))
+        if self.sigma_z is not None:
+            tau = self._fused(tau, generator)
+        eps = torch.randn(y.shape, generator=generator, dtype=y.dtype, device=device)
+        unseen = tau.isinf()
+        extra = torch.where(unseen, 0.0, tau.square() - self.draws.tau**2).clamp(min=0).sqrt()
+        y = torch.where(unseen, 0.0, y + extra * eps)
+        return denoiser.loss(x, y[:, None], tau[:, None]).mean()
+
+    def levels(self, count: int, generator: torch.Generator) -> Tensor:
+        """Noise levels (count,), one in each of `count` equal shares of the log-normal's mass, shuffled."""
+        like = {"generator": generator, "device": generator.device}
+        share = (torch.rand(1, **like) + torch.arange(count, device=generator.device)) % count / count
+        share = share[torch.randperm(count, **like)].clamp(1e-3, 1 - 1e-3)
+        log_tau = self.centre + 1.3 * math.sqrt(2) * torch.erfinv(2 * share - 1)
+        return log_tau.exp().clamp(self.tau_last, TAU_FIRST)
+
+    def _fused(self, tau: Tensor, generator: torch.Generator) -> Tensor:
+        """Fuse half of the levels with those of randomly chosen observations, an eighth being that observation alone; none falls below the draws'."""
+        draw = lambda: torch.rand(tau.shape, generator=generator, device=generator.device)  # noqa: E731
+        rows = torch.randint(len(self.sigma_z), (len(tau),), generator=generator, device=generator.device)
+        sigma = self.sigma_z[rows.to(self.sigma_z.device)].to(generator.device)
+        alone = torch.where(draw() < 0.25, math.inf, tau)
+        fused = (alone**-2 + sigma**-2).rsqrt().clamp(min=max(self.draws.tau, 1e-3))
+        return torch.where(draw() < 0.5, fused, tau)

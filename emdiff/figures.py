@@ -1,0 +1,113 @@
+"""Pictures: grids of samples, rows of reconstructions, figures over iterations. The one file that imports matplotlib.
+
+Images are shown on a fixed grey scale (colour for three channels) whose ends are stated under the picture; other data as curves or points.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+from einops import rearrange  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from emdiff.files import write_atomically  # noqa: E402
+
+SHOWN = ("chi2", "sample_std", "observation_agreement", "error")
+"""Figures drawn over iterations, where a round has them, with the value that is good."""
+
+GOOD = {"chi2": 1.0, "observation_agreement": 1.0}
+
+LABELS = {
+    "chi2": "residual χ² (1 is calibrated)",
+    "sample_std": "std of posterior samples",
+    "observation_agreement": "re-observed prior samples: distance / floor",
+    "error": "error of one sample (truth known)",
+}
+
+
+def is_image(shape: Sequence[int]) -> bool:
+    """Whether data of this shape are shown as images."""
+    return len(shape) == 2 or (len(shape) == 3 and shape[0] in (1, 3))
+
+
+def tile(x: np.ndarray, columns: int) -> np.ndarray:
+    """Images (n, H, W) or (n, C, H, W) in rows of `columns`, as one (R H, columns W) or (R H, columns W, 3) array."""
+    if x.ndim == 3:
+        x = x[:, None]
+    x = np.concatenate([x, np.full((-len(x) % columns, *x.shape[1:]), x.min(), x.dtype)])
+    picture = rearrange(x, "(r k) c h w -> (r h) (k w) c", k=columns)
+    return picture[..., 0] if picture.shape[-1] == 1 else picture
+
+
+def value_range(x: np.ndarray) -> tuple[float, float]:
+    """Ends of the grey scale: [0, 1] for data that live there, else the 0.5 and 99.5 percentiles."""
+    low, high = np.percentile(x, [0.5, 99.5])
+    return (0.0, 1.0) if low > -0.3 and 0.5 < high < 1.3 else (float(low), float(max(high, low + 1e-12)))
+
+
+def to_uint8(x: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Map [low, high] to 0..255."""
+    return (np.clip((x - low) / (high - low), 0, 1) * 255).round().astype(np.uint8)
+
+
+def save_samples(path: Path, x: Tensor, title: str, columns: int = 8) -> None:
+    """Write a PNG of samples (n, *S): a grid of images, or curves, or points."""
+    values = x.numpy()
+    figure, axes = plt.subplots(figsize=(6, 6 * max(1, -(-len(values) // columns)) / columns + 0.7) if is_image(values.shape[1:]) else (6, 4))
+    if is_image(values.shape[1:]):
+        low, high = value_range(values)
+        axes.imshow(to_uint8(tile(values, columns), low, high), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.set_axis_off()
+        axes.set_title(f"{title}   [{low:.3g}, {high:.3g}]", fontsize=9)
+    else:
+        flat = values.reshape(len(values), -1)
+        if flat.shape[1] <= 8:
+            axes.scatter(flat[:, 0], flat[:, -1], s=4)
+        else:
+            axes.plot(flat[:16].T, lw=0.7)
+        axes.set_title(title, fontsize=9)
+    _write(path, figure)
+
+
+def save_rows(path: Path, rows: dict[str, Tensor], columns: int = 12) -> None:
+    """Write a PNG whose named rows show the same data, image by image: observation, mean, samples, std."""
+    figure, axes = plt.subplots(len(rows), 1, figsize=(columns * 0.7 + 1.2, len(rows) * 0.75 + 0.2), squeeze=False)
+    for axis, (name, x) in zip(axes[:, 0], rows.items()):
+        values = x[:columns].numpy()
+        if is_image(values.shape[1:]):
+            low, high = value_range(values)
+            axis.imshow(to_uint8(tile(values, columns), low, high), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        else:
+            axis.plot(values.reshape(len(values), -1).T, lw=0.7)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+    _write(path, figure)
+
+
+def save_progress(path: Path, history: list[dict[str, Any]]) -> None:
+    """Write a PNG of the figures in SHOWN over iterations."""
+    names = [name for name in SHOWN if any(name in row for row in history)]
+    figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 2.8), squeeze=False)
+    for axis, name in zip(axes[0], names):
+        rows = [row for row in history if name in row]
+        axis.plot([row["iter"] for row in rows], [row[name] for row in rows], marker="o", ms=3)
+        if name in GOOD:
+            axis.axhline(GOOD[name], color="0.6", lw=0.8, ls="--")
+        axis.set_title(LABELS[name], fontsize=8)
+        axis.set_xlabel("EM iteration", fontsize=8)
+    _write(path, figure)
+
+
+def _write(path: Path, figure: Any) -> None:
+    figure.tight_layout()
+    try:
+        write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
+    finally:
+        plt.close(figure)

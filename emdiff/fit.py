@@ -1,0 +1,195 @@
+r"""The loop: start, then E-step and M-step in turn, each round a folder (runs). Nothing here ever sees the truth.
+
+Round k continues from what round k - 1 left on disk and from a seed made of (seed, k), so an interrupted fit and an uninterrupted one
+are one code path.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any, Callable, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from emdiff.em import Draws, PairLoss, Walk, e_step, over_relaxed
+from emdiff.gaussian import condition, fit_gaussian
+from emdiff.metrics import round_figures
+from emdiff.observations import Observations
+from emdiff.prior import Prior, build_network, load_prior, sample_prior, save_prior, set_precision
+from emdiff.runs import Run
+from emdiff.scale import Scale
+from emdiff.start import Choice, first_samples, recorrupt, self_supervised_loss
+from emdiff.training import train
+
+
+RELAXED_CHI2 = 0.975
+"""Residual chi2 of posterior samples above which over-relaxation ends: what it has killed too much does not come back."""
+
+
+class Plan(NamedTuple):
+    """All that a fit has to know.
+
+    Attributes:
+        iters: EM iterations.
+        start: The start, decided.
+        walk: The E-step.
+        network: Arguments of `build_network`.
+        start_steps: Most training steps of the self-supervised start.
+        steps: Training steps of an M-step.
+        batch: Data per training step.
+        rate: Learning rate.
+        relax: Most over-relaxed iterations; they come first and end once a round's chi2 exceeds RELAXED_CHI2.
+        prior_samples: Prior samples drawn per round for figures.
+        seed: Seed of everything random.
+        device: "cpu" or "cuda".
+    """
+
+    iters: int
+    start: Choice
+    walk: Walk
+    network: dict[str, Any]
+    start_steps: int = 1500
+    steps: int = 700
+    batch: int = 128
+    rate: float = 1e-3
+    relax: int = 0
+    prior_samples: int = 500
+    seed: int = 0
+    device: str = "cpu"
+
+
+class Listener(Protocol):
+    """Whoever is told of a fit's progress."""
+
+    def phase(self, name: str, total: int) -> Callable[..., None]:
+        """A phase of `total` units begins; call the result with the units done, and a note."""
+        ...
+
+    def round(self, k: int, metrics: dict[str, Any], pictures: dict[str, Tensor]) -> None:
+        """Round k is complete. Pictures are samples (n, *S) in the user's units."""
+        ...
+
+
+def generator(plan: Plan, k: int, phase: int, device: str | None = None) -> torch.Generator:
+    """The source of randomness of one phase of one round."""
+    return torch.Generator(device or plan.device).manual_seed(((plan.seed * 100_003 + k) * 11 + phase) % 2**62)
+
+
+def run_fit(
+    data: Observations,
+    scale: Scale,
+    plan: Plan,
+    run: Run,
+    listener: Listener,
+    evaluate: Callable[[Tensor], dict[str, float]] = lambda x: {},
+) -> Prior:
+    """Fit a prior, continuing whatever the run folder holds.
+
+    Args:
+        data: Observations in the user's units.
+        scale: Their scale.
+        plan: Settings.
+        run: The run folder.
+        listener: Told of phases and rounds.
+        evaluate: Figures of samples (N, *S) that only the caller can compute, such as errors against a truth.
+
+    Returns:
+        The prior of the last round.
+    """
+    standard = scale.observations(data)
+    prior = None
+    for k in range(run.finished() + 1, plan.iters + 1):
+        clock = time.perf_counter()
+        run.begin(k)
+        x, prior, metrics = start_round(standard, scale, plan, run, listener) if k == 0 else em_round(k, standard, scale, plan, run, listener)
+        save_prior(run.round_path(k) / "prior.safetensors", prior)
+        x = scale.restore(x)
+        run.save_array(k, "samples", x)
+        pictures = {"samples": x[:64]}
+        if k:
+            bar = listener.phase(f"round {k}: prior samples", plan.prior_samples)
+            drawn = sample_prior(prior, plan.prior_samples, generator(plan, k, 5), progress=bar)
+            pictures["prior"] = drawn[:64]
+            metrics |= round_figures(data, x, drawn, generator(plan, k, 6, "cpu"))
+        metrics |= {"iter": k, **evaluate(x), "seconds": time.perf_counter() - clock}
+        run.finish(k, metrics)
+        listener.round(k, metrics, pictures)
+    return prior or load_prior(run.round_path(plan.iters) / "prior.safetensors", plan.device)
+
+
+def start_round(data: Observations, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Tensor, Prior, dict[str, Any]]:
+    """First samples x (N, *S), the network they leave behind, and figures; data standardised."""
+    torch.manual_seed(plan.seed)
+    denoiser = set_precision(build_network(data.shape, **plan.network), plan.device)
+    metrics: dict[str, Any] = {"start": plan.start.kind}
+    direct = data.observer.as_measurement(data.obs)
+    gaussian = None
+    if plan.start.kind == "gaussian" or not bool(direct[1].isfinite().all()):
+        bar = listener.phase("start: Gaussian EM", 20)
+        gaussian = fit_gaussian(data, 20, generator=generator(plan, 0, 1, "cpu"), progress=bar)
+    if plan.start.kind == "self-supervised":
+        z, sigma = direct[0], direct[1].expand(direct[0].shape)
+
+        def loss(denoiser, index: Tensor, draws: torch.Generator) -> Tensor:
+            return self_supervised_loss(denoiser, recorrupt(z[index].to(draws.device), sigma[index].to(draws.device), draws))
+
+        bar = listener.phase("start: self-supervised training", plan.start_steps)
+        seed = generator(plan, 0, 2).initial_seed()
+        trained = train(denoiser, loss, len(data), plan.start_steps, plan.batch, plan.rate, seed, max(1, len(data) // 10), plan.device, bar)
+        denoiser = trained.denoiser
+        metrics |= {"start_steps": trained.steps, "start_held_out": trained.held_out}
+    draw = generator(plan, 0, 3)
+    bar, parts = listener.phase("start: first samples", len(data)), []
+    for i in range(0, len(data), plan.walk.batch):
+        batch = data.rows(slice(i, i + plan.walk.batch)).to(plan.device)
+        if plan.start.kind == "gaussian":
+            parts.append(condition(gaussian.to(plan.device), batch.observer, batch.obs, draw).x.cpu())
+        else:
+            parts.append(first_samples(denoiser, gaussian and gaussian.to(plan.device), batch, draw).cpu())
+        bar(min(i + plan.walk.batch, len(data)))
+    x = torch.cat(parts)
+    metrics["bound"] = 2 * float(x.abs().max())
+    return x, Prior(denoiser, scale, data.shape, plan.walk.tau_last, plan.network), metrics
+
+
+def em_round(k: int, data: Observations, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Tensor, Prior, dict[str, Any]]:
+    """One E-step and one M-step: samples x (N, *S), the new prior, figures; data standardised. Leaves the chains in the folder."""
+    prior = load_prior(run.round_path(k - 1) / "prior.safetensors", plan.device)
+    clock = time.perf_counter()
+    walk, relax = plan.walk, 1 < k <= plan.relax + 1 and run.metrics(k - 1)["chi2"] < RELAXED_CHI2
+    if k == 1:
+        x = scale.standardise(run.array(0, "samples"))
+        draws = Draws(x, x, 0.0)
+    else:
+        bar = listener.phase(f"round {k}: E-step", len(data))
+        walk = walk._replace(tau_last=walk.tau_relax) if relax else walk
+        chains, bound = run.array(k - 1, "chains"), run.metrics(0)["bound"]
+        draws = e_step(prior.denoiser, data, chains, walk, generator(plan, k, 2), bound, bar, plan.walk.tau_last)
+        draws = over_relaxed(draws) if relax else draws
+    eps = torch.randn(draws.y.shape, generator=generator(plan, k, 1, "cpu"))
+    chains = draws.y + math.sqrt(plan.walk.tau_last**2 - draws.tau**2) * eps
+    seconds_e, clock = time.perf_counter() - clock, time.perf_counter()
+    run.save_array(k, "chains", chains)
+    loss = PairLoss(draws, plan.walk.tau_last, level_maps(data) if plan.walk.guidance == "fused" else None)
+    bar = listener.phase(f"round {k}: M-step", plan.steps)
+    seed = generator(plan, k, 3).initial_seed()
+    trained = train(prior.denoiser, loss, len(data), plan.steps, plan.batch, plan.rate, seed, device=plan.device, progress=bar)
+    metrics = {
+        "over_relaxed": bool(relax),
+        "loss": trained.loss,
+        "restarted": draws.restarted,
+        "kept": draws.kept,
+        "solver_residual": draws.residual,
+        "solver_iterations": draws.iterations,
+        "seconds_e": seconds_e,
+        "seconds_m": time.perf_counter() - clock,
+    }
+    return draws.x, prior._replace(denoiser=trained.denoiser), metrics
+
+
+def level_maps(data: Observations) -> Tensor | None:
+    """Levels of the observations as measurements (N, *S) where they differ between entries or data, else None."""
+    _, sigma = data.observer.as_measurement(data.obs)
+    return None if bool((sigma == sigma.flatten()[0]).all()) else sigma.expand(len(data), *data.shape)

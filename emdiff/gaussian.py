@@ -1,0 +1,187 @@
+r"""The Gaussian start: x ~ N(mean, S) fitted to observations by EM, with exact posteriors.
+
+E-step, for data with operators A and noise of their own. Few entries (d <= DENSE): the posterior mean and covariance of every datum in
+closed form. Many: one exact sample per datum by pathwise conditioning,
+
+    x = x0 + S At (A S At + cov_obs)^-1 (obs - A x0 - n0),     x0 ~ N(mean, S),  n0 ~ N(0, cov_obs),
+
+the solve by conjugate gradients with S low rank plus diagonal. M-step: the moments of the posteriors.
+
+Where A = I and the noise is the same everywhere no iteration is needed: S = Cov[obs] - cov_obs, its negative part cut off, is the
+maximum-likelihood estimate.
+
+Sources: Maximum likelihood from incomplete data via the EM algorithm (Dempster, Laird & Rubin 1977); Pathwise conditioning of Gaussian
+processes (Wilson et al. 2021), Sec. 3; for low rank plus diagonal, EM algorithms for ML factor analysis (Rubin & Thayer 1982).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Callable, NamedTuple
+
+import torch
+from torch import Tensor
+
+from emdiff.denoise import GaussianDenoiser
+from emdiff.linalg import Solve, cg
+
+if TYPE_CHECKING:
+    from emdiff.observations import Observations
+    from observers import Observer
+
+DENSE = 128
+"""Most entries of x for which posterior covariances are formed in full."""
+
+CHUNK = 512
+"""Data per batch."""
+
+
+class Conditional(NamedTuple):
+    """Exact draws from a Gaussian posterior.
+
+    Attributes:
+        x: Samples of x | obs, shape (B, *S).
+        xhat: E[x | obs], shape (B, *S).
+    """
+
+    x: Tensor
+    xhat: Tensor
+
+
+def solve_innovation(prior: GaussianDenoiser, observer: Observer, b: Tensor, iterations: int = 60, tolerance: float = 1e-5) -> Solve:
+    """(A S At + cov_obs)^-1 b by conjugate gradients, with image S At of the solution; b (B, *O)."""
+
+    def product(p: Tensor) -> tuple[Tensor, Tensor]:
+        image = prior.prior_product(observer.adjoint(p))
+        return observer.forward(image) + observer.cov(p), image
+
+    return cg(product, b, iterations, tolerance)
+
+
+def condition(prior: GaussianDenoiser, observer: Observer, obs: Tensor, generator: torch.Generator | None = None) -> Conditional:
+    """Sample x | obs by pathwise conditioning, and compute E[x | obs].
+
+    Args:
+        prior: N(mean, S).
+        observer: Operators and noise of the batch.
+        obs: Observations (B, *O).
+        generator: Source of randomness.
+
+    Returns:
+        Conditional(x, xhat).
+    """
+    mean = prior.mean.expand(len(obs), *prior.mean.shape)
+    x0 = prior.sample(len(obs), generator)
+    xhat = mean + solve_innovation(prior, observer, obs - observer.forward(mean)).image
+    x = x0 + solve_innovation(prior, observer, obs - observer.simulate(x0, generator)).image
+    return Conditional(x, xhat)
+
+
+def factor(cov: Tensor, rank: int, floor: float) -> tuple[Tensor, Tensor]:
+    """Write a covariance (d, d) as W W^T + diag(psi), W (d, rank): principal factors, then the diagonal that is left.
+
+    Args:
+        cov: Symmetric; may have negative eigenvalues.
+        rank: Columns of W.
+        floor: Least psi.
+
+    Returns:
+        (W, psi), shapes (d, rank) and (d,).
+    """
+    psi = torch.zeros_like(cov.diagonal())
+    for _ in range(8):
+        s, basis = torch.linalg.eigh(cov - torch.diag(psi))
+        W = basis[:, -rank:] * s[-rank:].clamp(min=0).sqrt()
+        psi = (cov.diagonal() - W.square().sum(1)).clamp(min=floor)
+    return W, psi
+
+
+def from_moments(mean: Tensor, cov: Tensor, rank: int) -> GaussianDenoiser:
+    """N(mean, cov), in full for up to DENSE entries, else low rank plus diagonal; mean (*S,), cov (d, d)."""
+    if cov.shape[0] <= DENSE:
+        return GaussianDenoiser.from_covariance(mean, cov)
+    return GaussianDenoiser(mean, *factor(cov, rank, floor=1e-6 * float(cov.diagonal().mean().clamp(min=1e-12))))
+
+
+def _dense_posteriors(prior: GaussianDenoiser, data: Observations) -> tuple[Tensor, Tensor]:
+    """Posterior means (B, d) and the sum of the posterior covariances (d, d), in closed form."""
+    shape, d, count = prior.mean.shape, prior.mean.numel(), len(data)
+    eye = torch.eye(d, dtype=data.obs.dtype, device=data.obs.device)
+    columns = [data.observer.forward(e.reshape(1, *shape).expand(count, *shape)).flatten(1) for e in eye]
+    A = torch.stack(columns, dim=-1)
+    variance = data.observer.std().square().expand(data.obs.shape).flatten(1)
+    AS = A @ prior.covariance()
+    gain = torch.linalg.solve(AS @ A.mT + torch.diag_embed(variance), AS).mT
+    gap = data.obs.flatten(1) - A @ prior.mean.flatten()
+    xhat = prior.mean.flatten() + torch.einsum("bdo,bo->bd", gain, gap)
+    return xhat, count * prior.covariance() - torch.einsum("bdo,boe->de", gain, AS)
+
+
+def em_iteration(prior: GaussianDenoiser, data: Observations, rank: int, generator: torch.Generator | None = None) -> GaussianDenoiser:
+    """One EM iteration of a Gaussian prior on observations; exact where d <= DENSE, with one sample per datum above.
+
+    Args:
+        prior: N(mean, S) of iteration k.
+        data: Observations.
+        rank: Columns of the low-rank factor above DENSE entries.
+        generator: Source of randomness.
+
+    Returns:
+        N(mean, S) of iteration k + 1.
+    """
+    d, dense = prior.mean.numel(), prior.mean.numel() <= DENSE
+    points, spread = [], torch.zeros(d, d, dtype=prior.psi.dtype, device=prior.psi.device)
+    for i in range(0, len(data), CHUNK):
+        batch = data.rows(slice(i, i + CHUNK))
+        if dense:
+            xhat, V = _dense_posteriors(prior, batch)
+            points.append(xhat)
+            spread += V
+        else:
+            points.append(condition(prior, batch.observer, batch.obs, generator).x.flatten(1))
+    x = torch.cat(points)
+    mean = x.mean(0)
+    cov = ((x - mean).T @ (x - mean) + spread) / len(x)
+    return from_moments(mean.reshape(prior.mean.shape), cov, rank)
+
+
+def fit_gaussian(
+    data: Observations,
+    iterations: int = 20,
+    rank: int = 64,
+    generator: torch.Generator | None = None,
+    progress: Callable[[int], None] = lambda k: None,
+) -> GaussianDenoiser:
+    """Fit N(mean, S) to observations of standardised data.
+
+    Args:
+        data: Observations; x has about mean 0 and variance 1.
+        iterations: EM iterations, where there is no closed form.
+        rank: Columns of the low-rank factor above DENSE entries.
+        generator: Source of randomness.
+        progress: Called with the number of each finished iteration.
+
+    Returns:
+        The prior, a denoiser in closed form.
+    """
+    closed = identity_moments(data)
+    if closed is not None:
+        return from_moments(*closed, rank)
+    like = data.obs.new_zeros(data.shape)
+    prior = GaussianDenoiser(like, like.new_zeros(like.numel(), 1), torch.ones_like(like.flatten()))
+    for k in range(iterations):
+        prior = em_iteration(prior, data, rank, generator)
+        progress(k + 1)
+    return prior
+
+
+def identity_moments(data: Observations) -> tuple[Tensor, Tensor] | None:
+    """Mean (*S,) and covariance (d, d) of x in closed form where every entry of every x is observed with the same noise, else None."""
+    direct = data.observer.as_measurement(data.obs)
+    std = data.observer.std()
+    if direct is None or std.numel() != 1 or not bool(direct[1].isfinite().all()):
+        return None
+    z = direct[0].flatten(1)
+    mean = z.mean(0)
+    noise = std.flatten()[0] ** 2
+    cov = (z - mean).T @ (z - mean) / len(z)
+    return mean.reshape(data.shape), cov - noise * torch.eye(len(cov), dtype=cov.dtype, device=cov.device)

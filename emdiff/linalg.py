@@ -1,0 +1,150 @@
+r"""Matrix-free linear algebra on batches: every datum of a batch has its own system, its own steps and its own stopping.
+
+    cg       A x = b for symmetric positive definite A, by conjugate gradients (Hestenes & Stiefel 1952)
+    gmres    A x = b for any invertible A, by minimal residuals over a Krylov space (Saad & Schultz 1986)
+    lanczos_sqrt   A^(1/2) b for symmetric positive semi-definite A (Golub & Van Loan, Matrix Computations, ch. 10)
+
+A is a function of a batch (B, *S). Inner products are per datum, so a batch of one gives what a batch of N gives.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, NamedTuple
+
+import torch
+from torch import Tensor
+
+Product = Callable[[Tensor], Tensor]
+
+
+class Solve(NamedTuple):
+    """The result of an iterative solve.
+
+    Attributes:
+        x: The solution, shape (B, *S).
+        residual: |b - A x| / |b| per datum, shape (B,); 0 where b = 0. Recursive for CG, of the least-squares problem for GMRES.
+        iterations: Products with A that each datum used, shape (B,), int.
+        image: `carry` of x, shape of carry's output, or None.
+    """
+
+    x: Tensor
+    residual: Tensor
+    iterations: Tensor
+    image: Tensor | None = None
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product per datum, shape (B, 1, ..., 1), to broadcast against (B, *S)."""
+    return (a * b).flatten(1).sum(1).reshape(-1, *[1] * (a.ndim - 1))
+
+
+def _safe(numerator: Tensor, denominator: Tensor, where: Tensor) -> Tensor:
+    """numerator / denominator, 0 outside `where`."""
+    return torch.where(where, numerator / torch.where(where, denominator, 1.0), 0.0)
+
+
+def cg(product: Callable[[Tensor], tuple[Tensor, Tensor]], b: Tensor, iterations: int, tolerance: float = 1e-4) -> Solve:
+    """Conjugate gradients from x = 0, with a linear image of the solution carried along.
+
+    The caller often needs V At x next to x, and has V At p at hand for each direction p from computing A p. The image of x is then summed
+    by the recurrence of x and costs no product of its own.
+
+    A datum whose p^T A p is not positive (a learned Jacobian is not quite symmetric) or whose residual is below tolerance stops where
+    it is; the others go on.
+
+    Args:
+        product: p (B, *O) -> (A p, image of p), the image of any shape (B, *S).
+        b: Right-hand side (B, *O).
+        iterations: Most products with A.
+        tolerance: Stop a datum at |r| <= tolerance |b|.
+
+    Returns:
+        Solve with image; its residual is that of the recurrence, which in exact arithmetic is the true one.
+    """
+    x, r, p = torch.zeros_like(b), b, b
+    rr = norm = dot(b, b)
+    image, used, alive = None, torch.zeros(b.shape[0], dtype=torch.long, device=b.device), norm > 0
+    for _ in range(iterations):
+        Ap, image_p = product(p)
+        curvature = dot(p, Ap)
+        used = used + alive.flatten()
+        alive = alive & (curvature > 0)
+        step = _safe(rr, curvature, alive)
+        x, r = x + step * p, r - step * Ap
+        image_step = step.reshape(-1, *[1] * (image_p.ndim - 1)) * image_p
+        image = image_step if image is None else image + image_step
+        rr_next = dot(r, r)
+        p = torch.where(alive, r + _safe(rr_next, rr, rr > 0) * p, p)
+        rr, alive = rr_next, alive & (rr_next > tolerance**2 * norm)
+    return Solve(x, _safe(rr, norm, norm > 0).sqrt().flatten(), used, image)
+
+
+def gmres(product: Callable[[Tensor], tuple[Tensor, Tensor]], b: Tensor, iterations: int, tolerance: float = 1e-4) -> Solve:
+    """GMRES from x = 0 without restarts, for systems that are not symmetric; arguments and result as for `cg`.
+
+    The basis is orthogonalised twice. A datum whose Krylov space is exhausted keeps its exact solution. Memory: iterations + 1 vectors.
+    """
+    batch, column = b.shape[0], lambda a: a.reshape(-1, *[1] * (b.ndim - 1))
+    beta = dot(b, b).sqrt()
+    basis = [_safe(b, beta.expand_as(b), (beta > 0).expand_as(b))]
+    images: list[Tensor] = []
+    H = b.new_zeros(batch, iterations + 1, iterations)
+    used, alive = torch.zeros(batch, dtype=torch.long, device=b.device), (beta > 0).flatten()
+    for j in range(iterations):
+        w, image = product(basis[j])
+        images.append(image)
+        size = dot(w, w).sqrt()
+        for _ in range(2):
+            for i, q in enumerate(basis):
+                h = dot(q, w)
+                H[:, i, j] += h.flatten()
+                w = w - h * q
+        h = dot(w, w).sqrt()
+        h = torch.where(h > 1e-6 * size, h, 0.0)
+        H[:, j + 1, j] = h.flatten()
+        basis.append(_safe(w, h.expand_as(w), (h > 0).expand_as(w)))
+        used, alive = used + alive, alive & (h > 0).flatten()
+    rhs = torch.cat([beta.reshape(batch, 1, 1), b.new_zeros(batch, iterations, 1)], dim=1)
+    z = (torch.linalg.pinv(H, rtol=1e-6) @ rhs)[..., 0]
+    residual = _safe((rhs[..., 0] - (H @ z[..., None])[..., 0]).norm(dim=1), beta.flatten(), beta.flatten() > 0)
+    x = sum(column(z[:, j]) * basis[j] for j in range(iterations))
+    image = sum(z[:, j].reshape(-1, *[1] * (im.ndim - 1)) * im for j, im in enumerate(images))
+    return Solve(x, residual, used, image)
+
+
+SOLVERS = {"cg": cg, "gmres": gmres}
+
+
+def lanczos_sqrt(product: Product, b: Tensor, iterations: int) -> Tensor:
+    """A^(1/2) b by projection of A on the Krylov space of b; negative eigenvalues of the projection count as 0.
+
+    With b ~ N(0, I) the result has covariance A, up to the error of the projection, which is exact once iterations reaches the number of
+    distinct eigenvalues.
+
+    Args:
+        product: A on a batch, (B, *S) -> (B, *S), symmetric positive semi-definite.
+        b: Vectors (B, *S).
+        iterations: Products with A, at least 1.
+
+    Returns:
+        A^(1/2) b, shape (B, *S).
+    """
+    norm = dot(b, b).sqrt()
+    basis = [_safe(b, norm.expand_as(b), (norm > 0).expand_as(b))]
+    T = b.new_zeros(b.shape[0], iterations, iterations)
+    for j in range(iterations):
+        w = product(basis[j])
+        size = dot(w, w).sqrt()
+        T[:, j, j] = dot(basis[j], w).flatten()
+        for _ in range(2):
+            for q in basis:
+                w = w - dot(q, w) * q
+        beta = dot(w, w).sqrt()
+        beta = torch.where(beta > 1e-6 * size, beta, 0.0)
+        if j + 1 < iterations:
+            T[:, j, j + 1] = T[:, j + 1, j] = beta.flatten()
+            basis.append(_safe(w, beta.expand_as(w), (beta > 0).expand_as(w)))
+    s, U = torch.linalg.eigh(T)
+    coefficients = (U * s.clamp(min=0).sqrt()[:, None, :]) @ U[:, 0, :, None]
+    stacked = torch.stack([q.flatten(1) for q in basis], dim=1)
+    return norm * torch.einsum("bj,bjd->bd", coefficients[..., 0], stacked).reshape(b.shape)

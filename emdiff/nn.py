@@ -1,0 +1,157 @@
+r"""Networks that a learned denoiser is built from.
+
+A backbone is a function F(z, c) of a preconditioned input z (B, *S) and of a noise coordinate c, which says how precisely every
+entry was measured:
+
+    c = log(1 + 1/tau^2) / 2 >= 0,     0 where nothing was measured,     about -log(tau) where tau is small.
+
+c broadcasts against z: (B, 1, ..., 1) for one noise level per datum, (B, *S) for a level per entry. Both networks modulate their
+hidden features by functions of c (FiLM: Visual Reasoning with a General Conditioning Layer, Perez et al. 2018), pixel by pixel where
+c is a map, and neither uses normalisation layers, as in Table 1 of Multimeasurement Generative Models (Saremi & Srivastava 2022).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def level_features(c: Tensor) -> Tensor:
+    """Two bounded functions of the noise coordinate: the signal's share of the input's std, and c itself.
+
+    Args:
+        c: Noise coordinate, non-negative, shape (B, 1, ...).
+
+    Returns:
+        Features (B, 2, ...).
+    """
+    return torch.cat([torch.sqrt(-torch.expm1(-2 * c) + 1e-12), c / 3], dim=1)
+
+
+class ResBlock(nn.Module):
+    """h + W2 silu((1 + a(c)) W1 silu(h) + b(c)), with W2 = 0 at the start, so that a new block is the identity."""
+
+    def __init__(self, width: int, embed: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.film = nn.Conv2d(embed, 2 * width, 1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, h: Tensor, e: Tensor) -> Tensor:
+        """h (B, width, H, W), e (B or 1, embed, H or 1, W or 1) -> (B, width, H, W)."""
+        a, b = self.film(e).chunk(2, dim=1)
+        return h + self.conv2(F.silu((1 + a) * self.conv1(F.silu(h)) + b))
+
+
+class UNet(nn.Module):
+    """A small U-Net on pixel-unshuffled images of any size and number of channels.
+
+    Args:
+        shape: Shape S of a datum: (H, W) or (C, H, W).
+        widths: Channels at each resolution, the finest first; each further one halves height and width.
+        patch: Side of the pixel blocks folded into channels at the input; 1 folds nothing.
+        blocks: Residual blocks at each resolution, on the way down and on the way up.
+        embed: Width of the embedding of the noise coordinate.
+
+    Raises:
+        ValueError: if shape has not two or three axes.
+
+    >>> net = UNet((1, 17, 23), widths=(8, 16))
+    >>> net(torch.randn(2, 1, 17, 23), torch.ones(2, 1, 1, 1)).shape
+    torch.Size([2, 1, 17, 23])
+    """
+
+    def __init__(self, shape: tuple[int, ...], widths: tuple[int, ...] = (32, 64), patch: int = 2, blocks: int = 1, embed: int = 16):
+        super().__init__()
+        if len(shape) not in (2, 3):
+            raise ValueError(f"a U-Net takes data of shape (H, W) or (C, H, W), not {tuple(shape)}; use the MLP")
+        self.shape, self.patch = tuple(shape), patch
+        channels = 1 if len(shape) == 2 else shape[0]
+        folded = channels * patch**2
+        self.embed = nn.Sequential(nn.Conv2d(2, embed, 1), nn.SiLU(), nn.Conv2d(embed, embed, 1), nn.SiLU())
+        self.stem = nn.Conv2d(folded, widths[0], 3, padding=1)
+        stage = lambda w: nn.ModuleList(ResBlock(w, embed) for _ in range(blocks))  # noqa: E731
+        self.down = nn.ModuleList(stage(w) for w in widths)
+        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:]))
+        self.up = nn.ModuleList(stage(w) for w in widths[-2::-1])
+        self.grow = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in zip(widths[-2::-1], widths[:0:-1]))
+        self.head = nn.Conv2d(widths[0], folded, 3, padding=1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, z: Tensor, c: Tensor) -> Tensor:
+        """z (B, *S), c (B or 1, *S or ones) -> (B, *S)."""
+        B, (H, W) = z.shape[0], self.shape[-2:]
+        unit = self.patch * 2 ** len(self.shrink)
+        pad = (0, -W % unit, 0, -H % unit)
+        h = F.pad(z.reshape(B, -1, H, W), pad).contiguous(memory_format=torch.channels_last)
+        h = self.stem(F.pixel_unshuffle(h, self.patch))
+        e = self._embedding(c, pad)
+        skips, embeds = [], []
+        for i, stage in enumerate(self.down):
+            if i:
+                h, e = self.shrink[i - 1](h), _halve(e)
+            for block in stage:
+                h = block(h, e)
+            skips.append(h)
+            embeds.append(e)
+        for i, stage in enumerate(self.up):
+            h = skips[-2 - i] + F.interpolate(self.grow[i](h), scale_factor=2.0, mode="nearest")
+            for block in stage:
+                h = block(h, embeds[-2 - i])
+        h = F.pixel_shuffle(self.head(F.silu(h)), self.patch)
+        return h[..., :H, :W].reshape(z.shape)
+
+    def _embedding(self, c: Tensor, pad: tuple[int, ...]) -> Tensor:
+        """Embed c at the resolution of the stem: one vector where c is constant over the image, a map where it is not."""
+        c = c.reshape(c.shape[0], -1, c.shape[-2], c.shape[-1]).mean(1, keepdim=True)
+        if c.shape[-2:] != (1, 1):
+            c = F.avg_pool2d(F.pad(c.expand(-1, -1, *self.shape[-2:]), pad), self.patch)
+        return self.embed(level_features(c))
+
+
+def _halve(e: Tensor) -> Tensor:
+    """Average 2 x 2 blocks of a map of embeddings; a single vector is its own average."""
+    return e if e.shape[-2:] == (1, 1) else F.avg_pool2d(e, 2)
+
+
+class MLP(nn.Module):
+    """A residual multilayer perceptron for data of any shape, flattened.
+
+    Args:
+        shape: Shape S of a datum.
+        width: Hidden features.
+        blocks: Residual blocks.
+
+    >>> MLP((5,))(torch.randn(3, 5), torch.ones(3, 1)).shape
+    torch.Size([3, 5])
+    """
+
+    def __init__(self, shape: tuple[int, ...], width: int = 128, blocks: int = 3) -> None:
+        super().__init__()
+        d = math.prod(shape)
+        self.shape = tuple(shape)
+        self.stem = nn.Linear(3 * d, width)
+        self.film = nn.ModuleList(nn.Linear(2 * d, 2 * width) for _ in range(blocks))
+        self.first = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
+        self.second = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
+        self.head = nn.Linear(width, d)
+        for layer in [*self.second, self.head]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, z: Tensor, c: Tensor) -> Tensor:
+        """z (B, *S), c (B or 1, *S or ones) -> (B, *S)."""
+        levels = rearrange(level_features(c.expand(z.shape).unsqueeze(1)), "b f ... -> b (f ...)")
+        h = self.stem(torch.cat([z.flatten(1), levels], dim=1))
+        for film, first, second in zip(self.film, self.first, self.second):
+            a, b = film(levels).chunk(2, dim=1)
+            h = h + second(F.silu((1 + a) * first(F.silu(h)) + b))
+        return self.head(F.silu(h)).reshape(z.shape)

@@ -1,0 +1,375 @@
+r"""Observations on disk and in memory: obs_i = A_i x_i + n_i, n_i ~ N(0, cov_obs_i), for i = 1..N, and never x_i.
+
+A file (.npz, or .h5 with the same keys) holds
+
+| key | what | shape |
+|---|---|---|
+| `obs` | observations, float; NaN where nothing was observed | (N, *O) |
+| `observer` | name of the observer | a string |
+| `mask`, `matrix`, ... | the arrays of that observer | (N or 1, ...) |
+| `noise_std` | standard deviation of the noise, in units of obs | (), (N,) or (N or 1, *O) |
+| `shape` | shape S of x | a few integers |
+| `x` | the truth, if known; only `read_truth` opens it | (N, *S) |
+
+Every complaint about a file is a `UsageError` of one line.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from emdiff.errors import UsageError
+from observers import REGISTRY, Observer, build
+
+OBS = ("obs", "y", "observations", "arr_0")
+DATA = ("train_images", "x", "images", "data", "arr_0")
+SIGNATURES = {".npz": b"PK", ".npy": b"\x93NUMPY", ".h5": b"\x89HDF", ".hdf5": b"\x89HDF"}
+ARCHIVES = (".npz", ".h5", ".hdf5")
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+EXPANSION = 2000  # no stored array is this many times its file: deflate reaches 1032
+
+
+@dataclass(frozen=True, eq=False)
+class Observations:
+    """All that learning may see: observations and the observer that made them.
+
+    Attributes:
+        obs: Observations (N, *O), float32, finite, 0 where nothing was observed.
+        observer: A and cov_obs of the N data.
+
+    >>> from observers import Identity
+    >>> Observations(torch.zeros(5, 3), Identity((3,), torch.tensor(0.5))).rows(slice(0, 2)).obs.shape
+    torch.Size([2, 3])
+    """
+
+    obs: Tensor
+    observer: Observer
+
+    def __len__(self) -> int:
+        return self.obs.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """S, the shape of x."""
+        return self.observer.shape
+
+    def rows(self, index: Tensor | slice) -> Observations:
+        """The data at indices (B,), int64, or in a slice."""
+        return Observations(self.obs[index], self.observer.rows(index))
+
+    def to(self, device: torch.device | str) -> Observations:
+        """A copy on a device."""
+        return Observations(self.obs.to(device), self.observer.to(device))
+
+
+def read_observations(
+    path: str | Path,
+    observer: str | None = None,
+    noise_std: float | None = None,
+    shape: tuple[int, ...] | None = None,
+    uint8_range: bool = False,
+) -> Observations:
+    """Read a file of observations; the arguments override what it says.
+
+    Args:
+        path: .npz, .h5 or .hdf5. The observations may also be called `y`, `observations` or `arr_0`, or be the only array.
+        observer: Name of the observer.
+        noise_std: Standard deviation of the noise, in units of obs (after division by 255, if there is one).
+        shape: S, the shape of x; where neither says it, the observer infers it.
+        uint8_range: Accept uint8 observations and divide them by 255.
+
+    Returns:
+        Observations. NaN entries of obs are not observed, and neither is what a mask hides; obs is 0 there.
+
+    Raises:
+        UsageError: The file cannot be read, contradicts itself, or lacks what no argument supplies.
+    """
+    path = Path(path)
+    fields = _load(path)
+    obs = _float(path, "obs", fields["obs"], uint8_range)
+    _check_size(path, obs)
+    name = observer if observer is not None else _observer_name(path, fields)
+    arrays = {key: _operator_array(path, key, fields[key]) for key in fields if key in _array_names()}
+    try:
+        known = REGISTRY[name].infer_shape(tuple(obs.shape[1:]), arrays) if name in REGISTRY else ()
+        built = build(name, shape or _shape(path, fields) or known, arrays, _noise(path, fields, noise_std))
+        _check_fit(obs, built)
+        built = _without_nan(obs, built)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}; correct the file, or override it with --observer, --shape or --noise-std") from error
+    return _blank(path, obs, built)
+
+
+def read_truth(path: str | Path) -> Tensor | None:
+    """The truth x (N, *S), float32, of a file of observations, or None where it has none; uint8 is divided by 255."""
+    path = Path(path)
+    with _opened(path, ARCHIVES) as file:
+        array = _array(path, file, "x") if "x" in _names(file) else None
+    return None if array is None else _float(path, "x", array, uint8_range=True)
+
+
+def read_data(path: str | Path, count: int | None = None) -> Tensor:
+    """Clean data to be observed.
+
+    Args:
+        path: .npz, .npy, .h5 or .hdf5 with `train_images`, `x`, `images`, `data`, `arr_0` or a single array; uint8 is divided by 255.
+        count: Take the first so many data; all of them by default.
+
+    Returns:
+        Data (N, *S), float32, finite.
+
+    Raises:
+        UsageError: The file cannot be read, or holds fewer data.
+    """
+    path = Path(path)
+    with _opened(path, tuple(SIGNATURES)) as file:
+        name = _find(path, _names(file), DATA)
+        array = _array(path, file, name)
+    if array.ndim < 2 or array.size == 0:
+        raise UsageError(f"{path}: {name} has shape {array.shape}, expected (N, ...) with at least one datum; store one datum per row")
+    if count is not None and not 1 <= count <= len(array):
+        raise UsageError(f"{path}: {count} data were asked for and {name} holds {len(array)}; ask for 1 to {len(array)}")
+    x = _float(path, name, array[:count], uint8_range=True)
+    if not x.isfinite().all():
+        raise UsageError(f"{path}: {name} is not finite in {_where(~x.isfinite())}; remove those data")
+    return x
+
+
+def write_observations(path: str | Path, observations: Observations, x: Tensor | None = None) -> None:
+    """Write a file of observations, whole or not at all; a file of that name is replaced.
+
+    Args:
+        path: .npz, .h5 or .hdf5.
+        observations: N observations and their observer.
+        x: The truth (N, *S), for evaluation only.
+
+    Raises:
+        UsageError: The suffix is unsupported, or the disk refuses.
+    """
+    path = Path(path)
+    _check_suffix(path, ARCHIVES)
+    observer = observations.observer
+    tensors = {"obs": observations.obs, **observer.arrays(), "noise_std": observer.noise_std, **({} if x is None else {"x": x})}
+    fields = {name: _stored(tensor) for name, tensor in tensors.items()}
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        _save(temporary, {**fields, "shape": np.array(observer.shape), "observer": observer.name})
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        raise UsageError(f"{path}: cannot be written ({_line(error)}); check the folder and its free space") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _save(path: Path, fields: Mapping[str, Any]) -> None:
+    if path.suffix.lower() == ".npz":
+        with path.open("wb") as content:
+            np.savez(content, allow_pickle=False, **fields)
+        return
+    with h5py.File(path, "w") as file:
+        for name, value in fields.items():
+            file[name] = np.bytes_(value) if isinstance(value, str) else value  # HDF5 can hang on a damaged heap of free-length strings
+
+
+def _stored(tensor: Tensor) -> np.ndarray:
+    """Masks as bytes, all else as float32."""
+    return (tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.float()).detach().cpu().numpy()
+
+
+def _line(error: BaseException) -> str:
+    """What went wrong, on one line: the system's own words where it has some."""
+    errno = getattr(error, "errno", None)
+    return os.strerror(errno) if errno else " ".join(str(error).split())
+
+
+def _check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:
+    if path.suffix.lower() not in suffixes:
+        raise UsageError(f"{path}: files of type '{path.suffix}' are not supported; use one of {', '.join(suffixes)}")
+
+
+@contextmanager
+def _opened(path: Path, suffixes: tuple[str, ...]) -> Iterator[Any]:
+    """A mapping from names to arrays that are loaded when asked for."""
+    _check_suffix(path, suffixes)
+    if not path.is_file():
+        raise UsageError(f"{path}: there is no such file; check the path")
+    try:
+        with _archive(path, path.suffix.lower()) as file:
+            yield file
+    except UNREADABLE as error:
+        raise UsageError(f"{path}: cannot be read ({_line(error)}), it may be cut short; copy or write it again") from error
+
+
+def _archive(path: Path, suffix: str) -> AbstractContextManager[Any]:
+    with path.open("rb") as content:
+        if not content.read(8).startswith(SIGNATURES[suffix]):
+            raise UsageError(f"{path}: is not an {suffix} file, whatever its name says; write it with numpy or h5py")
+    if suffix == ".npy":
+        return nullcontext({"arr_0": np.load(path, mmap_mode="r", allow_pickle=False)})
+    archive: AbstractContextManager[Any] = np.load(path, allow_pickle=False) if suffix == ".npz" else h5py.File(path, "r")
+    return archive
+
+
+def _names(file: Any) -> list[str]:
+    """The arrays of a file; other members of a zip do not count."""
+    members = file.zip.namelist() if hasattr(file, "zip") else [f"{name}.npy" for name in file]
+    return [member.removesuffix(".npy") for member in members if member.endswith(".npy")]
+
+
+def _array(path: Path, file: Any, name: str) -> np.ndarray:
+    """Load one array, after a look at what the file declares it to be."""
+    shape, dtype, available = _declared(path, file, name)
+    if dtype.hasobject and h5py.check_string_dtype(dtype) is None:
+        raise UsageError(f"{path}: {name} holds pickled Python objects, which are not read; store it as an array of numbers")
+    size = math.prod(shape) * dtype.itemsize
+    if size > available:
+        raise UsageError(f"{path}: {name} declares shape {shape}, {size} bytes, more than the file can hold; write it again")
+    return np.asarray(file[name][()])
+
+
+def _declared(path: Path, file: Any, name: str) -> tuple[tuple[int, ...], np.dtype[Any], float]:
+    """Shape, dtype, and the number of bytes that the file may hold of an array, without loading it."""
+    most = EXPANSION * path.stat().st_size
+    if hasattr(file, "zip"):
+        member = file.zip.getinfo(f"{name}.npy")
+        with file.zip.open(member) as content:
+            shape, dtype = _npy_header(content)
+            return shape, dtype, min(member.file_size - content.tell(), most)
+    stored = file[name]
+    if not hasattr(stored, "shape"):
+        raise UsageError(f"{path}: {name} is a {type(stored).__name__.lower()}, expected an array; store the array at the top level")
+    return stored.shape or (), stored.dtype, most
+
+
+def _npy_header(content: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype that an .npy stream declares; the stream is left at the first byte of the data."""
+    first = np.lib.format.read_magic(content) == (1, 0)
+    shape, _, dtype = (np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0)(content)
+    return shape, dtype
+
+
+def _array_names() -> set[str]:
+    return {name for observer in REGISTRY.values() for name in observer.array_names}
+
+
+def _find(path: Path, names: list[str], accepted: tuple[str, ...]) -> str:
+    """The first accepted name that is there, else the only array that has no other meaning."""
+    others = [name for name in names if name not in {"x", "observer", "noise_std", "shape", *_array_names()}]
+    found = [name for name in accepted if name in names] or (others if len(others) == 1 else [])
+    if not found:
+        raise UsageError(f"{path}: cannot tell which array holds the data, it has {', '.join(names) or 'none'}; call it '{accepted[0]}'")
+    return found[0]
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    """All that a file of observations says, x excepted, which is not even opened."""
+    with _opened(path, ARCHIVES) as file:
+        names = _names(file)
+        wanted = {name: name for name in names if name in {"observer", "noise_std", "shape", *_array_names()}}
+        wanted["obs"] = _find(path, names, OBS)
+        return {key: _array(path, file, name) for key, name in wanted.items()}
+
+
+def _float(path: Path, name: str, array: np.ndarray, uint8_range: bool) -> Tensor:
+    """float32, from float of any kind, or from uint8 where that is allowed."""
+    if array.dtype == np.uint8 and uint8_range:
+        return _numbers(path, name, array) / 255
+    if array.dtype.kind in "iub":
+        hint = "uint8 is divided by 255 with --uint8-range" if name == "obs" else "uint8 would be divided by 255"
+        raise UsageError(f"{path}: {name} holds {array.dtype}, whose scale is not known; {hint}, anything else must be stored as float32")
+    return _numbers(path, name, array)
+
+
+def _numbers(path: Path, name: str, array: np.ndarray) -> Tensor:
+    if array.dtype.kind not in "fiub":
+        raise UsageError(f"{path}: {name} holds {array.dtype}, expected real numbers; store it as float32")
+    with np.errstate(over="ignore"):
+        return torch.from_numpy(np.require(array, np.float32, ["C", "W"]))
+
+
+def _operator_array(path: Path, name: str, array: np.ndarray) -> Tensor:
+    """An array of an observer; bytes stay bytes, so that a mask takes no more memory than on disk."""
+    return torch.from_numpy(array) if array.dtype in (np.uint8, np.bool_) else _numbers(path, name, array)
+
+
+def _observer_name(path: Path, fields: Mapping[str, np.ndarray]) -> str:
+    if "observer" not in fields:
+        raise UsageError(f"{path}: does not say which observer made it; pass --observer, one of {', '.join(sorted(REGISTRY))}")
+    value = next(iter(fields["observer"].flatten().tolist()), "")
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def _noise(path: Path, fields: Mapping[str, np.ndarray], override: float | None) -> Tensor:
+    remedy = "set it with --noise-std, a positive standard deviation in units of obs"
+    if override is None and "noise_std" not in fields:
+        raise UsageError(f"{path}: has no noise_std; {remedy}")
+    noise_std = _numbers(path, "noise_std", fields["noise_std"] if override is None else np.array(float(override)))
+    bad = ~((noise_std > 0) & noise_std.isfinite())
+    if bad.any():
+        raise UsageError(f"{path}: noise_std is {noise_std[bad].flatten()[0].item():g} in {_where(bad)}; {remedy}")
+    return noise_std
+
+
+def _shape(path: Path, fields: Mapping[str, np.ndarray]) -> tuple[int, ...]:
+    """S as the file says it; () where it does not."""
+    value = np.atleast_1d(fields.get("shape", np.zeros(0, int)))
+    if value.ndim != 1 or value.dtype.kind not in "iu" or (value < 1).any():
+        raise UsageError(f"{path}: shape is {value.tolist()}, expected positive integers; correct it, or pass --shape")
+    return tuple(value.tolist())
+
+
+def _check_size(path: Path, obs: Tensor) -> None:
+    got = tuple(obs.shape)
+    if obs.numel() == 0:
+        raise UsageError(f"{path}: obs is empty, shape {got}; give at least 2 observations")
+    if obs.ndim < 2:
+        raise UsageError(f"{path}: obs has shape {got}, expected (N, ...); reshape scalars to (N, 1)")
+    if len(obs) < 2:
+        raise UsageError(f"{path}: obs holds one observation, shape {got}; a distribution needs at least 2, better thousands")
+
+
+def _check_fit(obs: Tensor, observer: Observer) -> None:
+    """Refuse obs that the observer cannot have made."""
+    got, wanted = tuple(obs.shape), ", ".join(map(str, observer.obs_shape))
+    if got[1:] != observer.obs_shape:
+        raise ValueError(f"obs has shape {got}, expected (N, {wanted}) from observer '{observer.name}' of x {observer.shape}")
+    for name, array in {**observer.arrays(), "noise_std": observer.noise_std}.items():
+        if array.ndim and array.shape[0] not in (1, len(obs)):
+            raise ValueError(f"{name} has shape {tuple(array.shape)}, expected a leading axis of 1 or {len(obs)} as in obs {got}")
+
+
+def _without_nan(obs: Tensor, observer: Observer) -> Observer:
+    missing = obs.isnan() & observer.observed()
+    return observer.without(missing) if missing.any() else observer
+
+
+def _blank(path: Path, obs: Tensor, observer: Observer) -> Observations:
+    """Set obs to 0 where nothing is observed, and refuse what is left if no prior can be learned from it."""
+    seen = observer.observed().expand(obs.shape)
+    values = obs[seen]
+    if not values.numel():
+        raise UsageError(f"{path}: nothing is observed, obs {tuple(obs.shape)} is NaN or hidden throughout; check what wrote the file")
+    if values.isinf().any():
+        raise UsageError(f"{path}: obs is infinite in {_where(obs.isinf() & seen)}; write NaN where nothing was observed")
+    if (values == values[0]).all():
+        raise UsageError(f"{path}: obs is {values[0].item():g} in all observed places; check what wrote the file")
+    return Observations(torch.where(seen, obs, 0.0), observer)
+
+
+def _where(marked: Tensor) -> str:
+    """How many entries are marked, and where the first one is."""
+    first = tuple(marked.nonzero()[0].tolist())
+    return f"{int(marked.sum())} of {marked.numel()} places" + (f", the first at {first}" if first else "")

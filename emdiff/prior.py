@@ -1,0 +1,157 @@
+r"""A prior as users keep it: a denoiser, the scale of the data, and the levels it was trained for; saved as safetensors, never pickled.
+
+Unconditional samples are the end of a walk that starts where nothing is known, y ~ N(0, tau_first^2) in standardised units, and accumulates
+measurements down to tau_last.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+import emdiff
+from emdiff.accumulate import accumulate, levels
+from emdiff.errors import UsageError
+from emdiff.files import write_atomically
+from emdiff.mdae import MDAE
+from emdiff.nn import MLP, UNet
+from emdiff.scale import Scale
+
+NETWORKS: dict[str, type[nn.Module]] = {"unet": UNet, "mlp": MLP}
+
+TAU_FIRST = 20.0
+"""Coarsest level, in units of the data's std: the mean of a 28 x 28 image has been blurred beyond its own spread."""
+
+
+class Prior(NamedTuple):
+    """A learned p(x).
+
+    Attributes:
+        denoiser: Of standardised data.
+        scale: The map to the user's units.
+        shape: S.
+        tau_last: Finest level it was trained for, in units of scale.std.
+        network: What `build_network` made its backbone from.
+    """
+
+    denoiser: MDAE
+    scale: Scale
+    shape: tuple[int, ...]
+    tau_last: float
+    network: dict[str, Any]
+
+
+def choose_network(shape: tuple[int, ...]) -> dict[str, Any]:
+    """A network for data of this shape: a U-Net for images of at least 8 x 8 with at most 16 channels, else an MLP.
+
+    Args:
+        shape: S.
+
+    Returns:
+        Arguments for `build_network`; about 0.6 million parameters for a U-Net.
+    """
+    side = min(shape[-2:]) if len(shape) in (2, 3) else 0
+    if side < 8 or (len(shape) == 3 and shape[0] > 16):
+        return {"kind": "mlp", "width": 128, "blocks": 3}
+    return {"kind": "unet", "widths": [32, 64, 128] + [128] * (side >= 64), "patch": 2 if side >= 16 else 1}
+
+
+def build_network(shape: tuple[int, ...], kind: str, **options: Any) -> MDAE:
+    """An untrained pooled MDAE; bfloat16 is decided by `set_precision`.
+
+    Args:
+        shape: S.
+        kind: "unet" or "mlp".
+        options: Arguments of `nn.UNet` or `nn.MLP`.
+
+    Raises:
+        ValueError: for another kind.
+    """
+    if kind not in NETWORKS:
+        raise ValueError(f"unknown network {kind!r}; choose from {', '.join(NETWORKS)}")
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    return MDAE(NETWORKS[kind](shape, **options), spread=0.3 if kind == "unet" else 1.0)
+
+
+def set_precision(denoiser: MDAE, device: str) -> MDAE:
+    """Run a convolutional backbone in bfloat16 where the hardware computes in it; returns the denoiser."""
+    conv = isinstance(denoiser.backbone, UNet)
+    cpu = device == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    denoiser.bf16 = bool(conv and (cpu or (device == "cuda" and torch.cuda.is_bf16_supported())))
+    return denoiser
+
+
+def save_prior(path: Path, prior: Prior) -> None:
+    """Write a prior to a temporary name, then rename it."""
+    about = {
+        "emdiff": emdiff.__version__,
+        "network": prior.network,
+        "shape": list(prior.shape),
+        "scale": list(prior.scale),
+        "tau_last": prior.tau_last,
+    }
+    weights = {name: value.detach().cpu().contiguous() for name, value in prior.denoiser.state_dict().items()}
+    write_atomically(path, lambda temporary: temporary.write_bytes(save(weights, metadata={"emdiff": json.dumps(about)})))
+
+
+def load_prior(path: Path, device: str = "cpu") -> Prior:
+    """Read a prior.
+
+    Raises:
+        UsageError: if the file is missing, is no prior, or was written for another network.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path}: there is no prior here; give the run folder of a finished `emdiff fit`")
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {})["emdiff"])
+            weights = {name: file.get_tensor(name) for name in file.keys()}
+        denoiser = build_network(tuple(about["shape"]), **about["network"])
+        denoiser.load_state_dict(weights)
+        scale = Scale(*map(float, about["scale"]))
+        prior = Prior(denoiser, scale, tuple(about["shape"]), float(about["tau_last"]), about["network"])
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise UsageError(f"{path}: not a prior that emdiff {emdiff.__version__} can read ({str(error).splitlines()[0]})") from error
+    set_precision(denoiser, device).to(device).eval().requires_grad_(False)
+    return prior
+
+
+@torch.inference_mode()
+def sample_prior(
+    prior: Prior,
+    count: int,
+    generator: torch.Generator,
+    count_levels: int = 64,
+    steps: int = 0,
+    batch: int = 500,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Tensor:
+    """Draw x ~ p(x).
+
+    Args:
+        prior: The prior, on the generator's device.
+        count: Number of samples.
+        generator: Source of randomness.
+        count_levels: Levels from TAU_FIRST to prior.tau_last.
+        steps: Langevin steps at each level.
+        batch: Samples at once.
+        progress: Called with the number of samples done.
+
+    Returns:
+        Samples (count, *S) in the user's units, on the CPU.
+    """
+    done = []
+    taus = levels(TAU_FIRST, prior.tau_last, count_levels)
+    for i in range(0, count, batch):
+        shape = (min(batch, count - i), *prior.shape)
+        y = math.sqrt(1 + TAU_FIRST**2) * torch.randn(shape, generator=generator, device=generator.device)
+        done.append(prior.scale.restore(accumulate(prior.denoiser, y, taus[0], taus[1:], generator, steps=steps).xhat).cpu())
+        progress(i + shape[0])
+    return torch.cat(done)

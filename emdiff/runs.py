@@ -1,0 +1,156 @@
+r"""The run folder is the state of a fit: running the same command again continues it.
+
+    config.yaml           the resolved configuration, readable by `emdiff fit --config`
+    about.json            versions, git hash, device, the fingerprint of the observations
+    metrics.jsonl         one line per finished round, appended
+    start/                first samples and what made them
+    round_003/            prior.safetensors, samples.npy (user's units), chains.npy (latest round only), metrics.json
+    figures/              pictures per round
+
+metrics.json is written last: a round that has none did not finish and is done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+import emdiff
+from emdiff.errors import UsageError
+from emdiff.files import append_line, write_array, write_atomically, write_json
+
+FREE = ("iters", "device", "wandb", "out", "observations")
+"""Settings that may change when a run is continued; the observations are compared by their fingerprint."""
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class Run:
+    """One run folder.
+
+    Args:
+        path: The folder; made if it does not exist.
+        config: The resolved configuration, plain values.
+        observations: The observations file.
+
+    Raises:
+        UsageError: if the folder holds something else, or a run with another configuration or other observations.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], observations: Path) -> None:
+        self.path = path
+        print_ = fingerprint(observations)
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path}: --out is a file; give a folder")
+        if (path / "config.yaml").is_file():
+            self._compare(config, print_)
+        elif path.is_dir() and any(path.iterdir()):
+            raise UsageError(f"{path}: --out is a folder that is not empty and holds no emdiff run; give a new folder")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be made ({error.strerror}); choose another --out") from error
+        write_json(path / "about.json", _about(print_))
+        text = yaml.safe_dump(config, sort_keys=False)
+        write_atomically(path / "config.yaml", lambda temporary: temporary.write_text(text))
+
+    def _compare(self, config: dict[str, Any], print_: str) -> None:
+        before = yaml.safe_load((self.path / "config.yaml").read_text())
+        changed = [k for k in config if k not in FREE and config[k] != before.get(k)]
+        if changed:
+            k = changed[0]
+            raise UsageError(
+                f"{self.path}: this run was started with {k} = {before.get(k)}, now it is {config[k]}; "
+                "continue it with its own configuration, or give another --out"
+            )
+        about = self.path / "about.json"
+        if about.is_file() and json.loads(about.read_text())["observations_sha256"] != print_:
+            raise UsageError(f"{self.path}: this run was started on other observations (their SHA-256 differs); give another --out")
+
+    def round_path(self, k: int) -> Path:
+        """The folder of iteration k; 0 is the start."""
+        return self.path / (f"round_{k:03d}" if k else "start")
+
+    def finished(self) -> int:
+        """The last round that is complete, with all before it; 0 if only the start is, -1 if not even that."""
+        k = -1
+        while (self.round_path(k + 1) / "metrics.json").is_file():
+            k += 1
+        return k
+
+    def array(self, k: int, name: str) -> torch.Tensor | None:
+        """An array of round k, or None where it has none."""
+        file = self.round_path(k) / f"{name}.npy"
+        return torch.from_numpy(np.load(file)) if file.is_file() else None
+
+    def metrics(self, k: int) -> dict[str, Any]:
+        """The figures of round k."""
+        return json.loads((self.round_path(k) / "metrics.json").read_text())
+
+    def begin(self, k: int) -> Path:
+        """An empty folder for round k."""
+        shutil.rmtree(self.round_path(k), ignore_errors=True)
+        self.round_path(k).mkdir(parents=True)
+        return self.round_path(k)
+
+    def save_array(self, k: int, name: str, values: torch.Tensor) -> None:
+        """Write an array of round k."""
+        write_array(self.round_path(k) / f"{name}.npy", values.numpy())
+
+    def finish(self, k: int, metrics: dict[str, Any]) -> None:
+        """Declare round k complete, and drop the chains of the round before it."""
+        write_json(self.round_path(k) / "metrics.json", metrics)
+        append_line(self.path / "metrics.jsonl", metrics)
+        if k:
+            (self.round_path(k - 1) / "chains.npy").unlink(missing_ok=True)
+
+
+def latest_prior(run: Path) -> Path:
+    """The prior of a run's last finished round.
+
+    Raises:
+        UsageError: if the folder is missing or has no finished round.
+    """
+    if not run.is_dir():
+        raise UsageError(f"{run}: there is no such run folder; give the one that `emdiff fit` named in its last line")
+    done = [p.parent for p in sorted(run.glob("round_*/metrics.json")) if (p.parent / "prior.safetensors").is_file()]
+    if not done:
+        raise UsageError(f"{run}: this run has no finished round yet; run `emdiff fit` to its first round")
+    return done[-1] / "prior.safetensors"
+
+
+def _about(print_: str) -> dict[str, Any]:
+    return {
+        "emdiff": emdiff.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "git": _git_hash(),
+        "threads": torch.get_num_threads(),
+        "observations_sha256": print_,
+    }
+
+
+def _git_hash() -> str | None:
+    """The commit of a source checkout, None elsewhere."""
+    here = Path(__file__).resolve().parent.parent
+    if not (here / ".git").exists():
+        return None
+    done = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None

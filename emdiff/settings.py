@@ -1,0 +1,51 @@
+"""What a user can set, in plain dataclasses that only the command line sees. No torch here: `--help` has to answer at once."""
+
+from dataclasses import dataclass
+from typing import Literal, Optional
+
+
+@dataclass
+class WalkSettings:
+    """The E-step's walk; levels are in units of the data's own standard deviation.
+
+    Args:
+        tau_first: Level at which chains re-enter their walk. Unset: with fused guidance every walk starts anew from its observation; with cg
+            or gmres 0.8, above which moment matching is poor.
+        tau_last: Level of the last jump: structure finer than this is not resolved.
+        tau_relax: Level of the last jump in over-relaxed iterations.
+        levels: Levels from first to last, one network evaluation each.
+        steps: Langevin steps at each level.
+        delta: Their step, in units of the level.
+        gamma: Their friction, per unit time in which the level is 1.
+        step: Their discretisation: sachs (Algorithm 1), cheng (Algorithm 2) or overdamped.
+        iterations: Most solver iterations per step, with cg and gmres.
+        batch: Chains walked at once. Unset: 500 on a CPU, 4096 on a GPU.
+    """
+
+    tau_first: Optional[float] = None
+    tau_last: float = 0.1
+    tau_relax: float = 0.25
+    levels: int = 32
+    steps: int = 0
+    delta: float = 1.0
+    gamma: float = 1.0
+    step: Literal["sachs", "cheng", "overdamped"] = "sachs"
+    iterations: int = 3
+    batch: Optional[int] = None
+
+
+@dataclass
+class TrainSettings:
+    """The M-step's training.
+
+    Args:
+        steps: Steps of each M-step. Unset: chosen from the number of observations.
+        start_steps: Most steps of the self-supervised start; held-out observations end it earlier.
+        batch: Data per step.
+        rate: Learning rate of Adam.
+    """
+
+    steps: Optional[int] = None
+    start_steps: int = 1500
+    batch: int = 128
+    rate: float = 1e-3

@@ -1,0 +1,150 @@
+r"""The start of EM: what the observations say of p(x) before any iteration.
+
+self-supervised, where every observation is a measurement z of x with levels sigma_z (infinite where an entry was not observed). Each entry is
+recorrupted with a factor a of its own (Recorrupted-to-recorrupted, Pang et al. 2021):
+
+    input  z + a w,  level sigma_z sqrt(1 + a^2);      target  z - w / a,      w ~ N(0, sigma_z^2)
+
+Input and target have independent noise, so the least-squares estimator is E[x | input], as if the clean x had been the target. a = infinity
+hides an entry from the input and leaves z itself as the target: splitting (Noise2Void, Krull et al. 2019; SSDU, Yaman et al. 2020) is the same
+objective. Weights are the inverse variance of the target, sigma_z^2 (1 + 1/a^2) + 1/2. Held-out observations end the training.
+First samples: xhat(z) + V^(1/2) xi, V = sigma_z^2 d xhat / d z, by Lanczos, where every entry was observed; where some were not, V of these has
+no such form, and the Gaussian start's posterior deviation is added to xhat(z) instead.
+
+gaussian, for any observer: exact samples of N(mean, S) given obs (gaussian).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from emdiff.denoise import Denoiser, GaussianDenoiser
+from emdiff.gaussian import condition
+from emdiff.linalg import lanczos_sqrt
+from emdiff.observations import Observations
+
+LANCZOS = 8
+"""Products for V^(1/2)."""
+
+
+class Choice(NamedTuple):
+    """A start and why it was taken.
+
+    Attributes:
+        kind: "gaussian" or "self-supervised".
+        reason: One clause for the user.
+    """
+
+    kind: str
+    reason: str
+
+
+class Recorrupted(NamedTuple):
+    """A batch of the self-supervised objective, in the terms of `mdae.MDAE.loss`.
+
+    Attributes:
+        y: Input (B, 1, *S).
+        sigma: Its levels (B, 1, *S or ones), infinite where hidden.
+        target: (B, *S).
+        weight: (B, *S or ones), 0 where nothing was observed.
+    """
+
+    y: Tensor
+    sigma: Tensor
+    target: Tensor
+    weight: Tensor
+
+
+def choose_start(data: Observations, wanted: str = "auto") -> Choice:
+    """Decide between the starts.
+
+    Args:
+        data: The observations.
+        wanted: "auto", "gaussian" or "self-supervised".
+
+    Returns:
+        The choice, with its reason.
+
+    Raises:
+        ValueError: if self-supervision is wanted where it has no objective.
+    """
+    possible, reason = _self_supervision(data)
+    if wanted == "self-supervised" and not possible:
+        raise ValueError(f"--start self-supervised has no objective here: {reason}; use --start gaussian or auto")
+    if wanted != "auto":
+        return Choice(wanted, "as asked")
+    return Choice("self-supervised" if possible else "gaussian", reason)
+
+
+def _self_supervision(data: Observations) -> tuple[bool, str]:
+    """Whether E[x | z] can be learned from other parts of the observations, and why."""
+    direct = data.rows(slice(0, 64)).observer.as_measurement(data.obs[:64])
+    if direct is None:
+        return False, f"observer {data.observer.name} mixes the entries of x, so no part of an observation predicts another"
+    observed = direct[1].isfinite()
+    if bool(observed.all()):
+        return True, "every entry is observed with noise: recorrupted observations predict each other"
+    if observed.shape[0] == 1 or bool((observed == observed[:1]).all()):
+        return False, "the same entries are missing from every datum, so nothing tells of them"
+    return True, "each datum misses other entries: hidden parts of the observations are predicted from the rest"
+
+
+def recorrupt(z: Tensor, sigma_z: Tensor, generator: torch.Generator | None = None, a_range: tuple[float, float] = (0.15, 6.0)) -> Recorrupted:
+    """Draw inputs and targets of the self-supervised objective.
+
+    Args:
+        z: Observations as measurements (B, *S), finite.
+        sigma_z: Their levels (B or 1, *S or ones), infinite where not observed.
+        generator: Source of randomness.
+        a_range: Range of the factor a, drawn log-uniformly per datum. Where entries are missing, the visible ones take the least
+            a and a share of them, uniform in [0, 1] per datum, is hidden.
+
+    Returns:
+        Recorrupted(y, sigma, target, weight).
+    """
+    draw = lambda *shape: torch.rand(*shape, generator=generator, dtype=z.dtype, device=z.device)  # noqa: E731
+    ones = [1] * (z.ndim - 1)
+    observed = sigma_z.isfinite()
+    if bool(observed.all()):
+        a = a_range[0] * (a_range[1] / a_range[0]) ** draw(len(z), *ones)
+    else:
+        a = torch.where(draw(*z.shape) < draw(len(z), *ones), math.inf, a_range[0])
+    s = torch.where(observed, sigma_z, 0.0)
+    w = s * torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
+    hidden = a.isinf() | ~observed
+    y = torch.where(hidden, 0.0, z + torch.where(hidden, 0.0, a) * w)
+    sigma = torch.where(hidden, math.inf, s * torch.sqrt(1 + a.square()))
+    weight = observed / (s.square() * (1 + a**-2) + 0.5)
+    return Recorrupted(y[:, None], sigma[:, None], z - w / a, weight)
+
+
+def self_supervised_loss(denoiser: Denoiser, batch: Recorrupted) -> Tensor:
+    """The weighted mean squared error of a batch, shape ()."""
+    error = batch.weight * (denoiser.xhat(batch.y, batch.sigma) - batch.target).square()
+    return error.sum() / batch.weight.expand(error.shape).gt(0).sum().clamp(min=1)
+
+
+def first_samples(denoiser: Denoiser, gaussian: GaussianDenoiser | None, data: Observations, generator: torch.Generator | None = None) -> Tensor:
+    """Samples of x | obs from the self-supervised estimator.
+
+    Args:
+        denoiser: Trained on recorrupted observations.
+        gaussian: The Gaussian start, needed where entries are missing.
+        data: A batch of observations, each a measurement of x.
+        generator: Source of randomness.
+
+    Returns:
+        Samples (B, *S).
+    """
+    z, sigma_z = data.observer.as_measurement(data.obs)
+    if bool(sigma_z.isfinite().all()):
+        xhat, V = denoiser.moments(z[:, None], sigma_z[:, None])
+        return xhat + lanczos_sqrt(V, torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device), LANCZOS)
+    with torch.no_grad():
+        xhat = denoiser.xhat(z[:, None], sigma_z[:, None])
+    draws = condition(gaussian, data.observer, data.obs, generator)
+    return xhat + draws.x - draws.xhat
