@@ -13,7 +13,7 @@ at no cost: with xhat' = xhat(y') evaluated after the prediction,
 The prediction moved y' by noise eps, to which xhat' - xhat = V eps/... responds; half of it has just the covariance between x and the
 appended mean that was missing, and the scheme is of second order. xhat' also serves as the next prediction, so each level costs one
 evaluation of the denoiser. On x ~ N(0, s) observed with noise, 32 levels from tau = infinity down to 0.1 keep .967-1.000 of the posterior
-variance over s in [.001, 50]; 32 plain predictions keep .845-.999, and 8 predictions with 3 Langevin steps each .919-1.000
+variance over s in [.001, 50]; 32 plain predictions keep .844-.999, and 8 predictions with 3 Langevin steps each .919-1.000
 (tests/test_accumulate.py computes these without sampling).
 
 Between levels the walk may take Langevin steps at the current tau.
@@ -55,14 +55,19 @@ def levels(tau_first: float, tau_last: float, count: int, n: float = math.inf) -
     geometric, which spends the levels where the observation leaves something to learn. tau_first may be infinite if n is finite; the level
     itself is then left out, since nothing has been measured there.
 
+    Raises:
+        ValueError: for fewer than 2 levels.
+
     >>> [round(t, 3) for t in levels(8.0, 1.0, 3)]
     [8.0, 2.828, 1.0]
     """
+    if count < 2:
+        raise ValueError(f"{count} levels; a walk has at least 2")
     fuse = lambda tau: (tau**-2 + n**-2) ** -0.5  # noqa: E731
     a, b = fuse(tau_first), fuse(tau_last)
     skip = math.isinf(tau_first)
     ladder = [a * (b / a) ** (i / (count - (not skip))) for i in range(skip, count + skip)]
-    return [(f**-2 - n**-2) ** -0.5 if f**-2 > n**-2 else math.inf for f in ladder]
+    return [(f**-2 - n**-2) ** -0.5 for f in ladder[:-1]] + [tau_last]
 
 
 def accumulate(

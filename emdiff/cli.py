@@ -35,14 +35,13 @@ def observe(
         seed: Seed of masks and noise.
         device: Accepted for uniformity; observing runs on the CPU.
     """
-    import torch
-
     from emdiff.observations import Observations, read_data, write_observations
+    from emdiff.streams import stream
 
     _positive("--noise-std", noise_std)
     _suffix("--out", out, (".npz", ".h5", ".hdf5"))
     x = read_data(Path(data), count)
-    generator = torch.Generator().manual_seed(seed)
+    generator = stream(seed, "observe")
     drawn = observer.draw(tuple(x.shape[1:]), len(x), noise_std, generator)
     write_observations(Path(out), Observations(drawn.simulate(x, generator), drawn), x)
     print(f"{len(x)} observations of shape {tuple(x.shape[1:])} through {drawn.name}, noise_std {noise_std:g} -> {out}")

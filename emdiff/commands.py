@@ -24,6 +24,7 @@ from emdiff.prior import choose_network, load_prior, sample_prior
 from emdiff.runs import FREE, Run, fingerprint, latest_prior
 from emdiff.scale import estimate_scale
 from emdiff.start import choose_start
+from emdiff.streams import stream
 from emdiff.track import Tracker
 
 Config = dict[str, Any]
@@ -83,7 +84,7 @@ def fit_command(config: Config) -> None:
     path, device = Path(config["observations"]), resolve_device(config["device"])
     shape = tuple(config["shape"]) if config["shape"] else None
     data = read_observations(path, config["observer"], config["noise_std"], shape, config["uint8_range"])
-    scale = estimate_scale(data, torch.Generator().manual_seed(config["seed"]))
+    scale = estimate_scale(data, stream(config["seed"], "scale"))
     plan, reasons = make_plan(config, data, device)
     resolved = resolved_config(config, plan)
     out = Path(config["out"]) if config["out"] else Path("runs") / default_name(path, resolved)
@@ -132,8 +133,8 @@ def make_plan(config: Config, data: Observations, device: str) -> tuple[Plan, di
 
 
 def default_steps(count: int, device: str) -> int:
-    """Steps of an M-step: about 30 passes over the data, at least 200, at most 700 on a CPU and 4000 on a GPU."""
-    return int(min(max(200, 30 * count / 128), 4000 if device == "cuda" else 700))
+    """Steps of an M-step: about 20 passes over the data, at least 200, at most 400 on a CPU and 4000 on a GPU."""
+    return int(min(max(200, 20 * count / 128), 4000 if device == "cuda" else 400))
 
 
 def check_ranges(walk: Config, train: Config, relax: int | None) -> None:
@@ -196,7 +197,7 @@ def sample_command(run: Path, count: int, out: Path, levels: int, steps: int, se
     device = resolve_device(device)
     prior = load_prior(latest_prior(run), device)
     bar = tqdm(total=count, desc="samples", leave=False, file=sys.stderr)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = stream(seed, "sample", device=device)
     x = sample_prior(prior, count, generator, levels, steps, progress=lambda done: bar.update(done - bar.n))
     bar.close()
     write_arrays(out, x=x.numpy())
@@ -214,7 +215,7 @@ def reconstruct_command(run: Path, data: Observations, samples: int, out: Path, 
         raise UsageError(f"the observations are of data of shape {data.shape}, the prior of {run} is for {prior.shape}; give --shape or another run")
     walk = run_walk(run, data, device)
     standard = prior.scale.observations(data)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = stream(seed, "reconstruct", device=device)
     draws: list[Tensor] = []
     chains = None if math.isinf(walk.tau_first) else prior.scale.standardise(torch.full((len(data), *data.shape), prior.scale.mean))
     for i in range(samples):

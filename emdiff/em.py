@@ -13,7 +13,7 @@ so regressing the jump on y_tau has the minimiser of the exact EM update, for ev
 Exact EM is slow where the prior has too much variance: along a direction of true variance 0 an iteration multiplies s by 1 - (s/(s + n^2))^2.
 Over-relaxed iterations stop the walk at a coarser level tau_relax and re-noise the jump: s becomes about s^2 / (s + tau_relax^2), which ends
 directions of s << tau_relax^2 and costs the others at most tau_relax^2. They are biased, and a direction they have killed comes back only by
-exact EM's slow growth: so they are few, come first, and end as soon as the residual chi2 says that the samples hardly follow the noise.
+exact EM's slow growth: so an iteration over-relaxes only if the last samples' spread exceeds the data's own, which the observations tell without EM.
 
 Sources: Dempster, Laird & Rubin (1977); Learning Diffusion Priors from Observations by Expectation Maximization (Rozet et al. 2024); the pairs
 are derived in docs/method.md.
@@ -79,7 +79,7 @@ class Draws(NamedTuple):
         x: Its jump (N, *S).
         tau: 0 where x are complete samples and y = x.
         restarted: Chains that left the data's range and were walked again.
-        kept: Chains that did so RETRIES times, and keep their last sample.
+        kept: Data whose chains did so RETRIES times, bool (N,): y and x are their last state, not a draw, and no M-step should see them.
         residual: Mean relative residual of the solves at the last level; 0 without a solver.
         iterations: Mean solver iterations there.
     """
@@ -88,7 +88,7 @@ class Draws(NamedTuple):
     x: Tensor
     tau: float
     restarted: int = 0
-    kept: int = 0
+    kept: Tensor | None = None
     residual: float = 0.0
     iterations: float = 0.0
 
@@ -124,7 +124,10 @@ def walk_levels(data: Observations, walk: Walk) -> list[float]:
     """
     if math.isfinite(walk.tau_first):
         return levels(walk.tau_first, walk.tau_last, walk.levels)
-    _, sigma = data.observer.as_measurement(data.obs[:1].expand(len(data), *data.obs.shape[1:]))
+    direct = data.observer.as_measurement(data.obs)
+    if direct is None:
+        raise ValueError(f"a walk from infinity needs observations that are measurements of x; observer {data.observer.name} needs a finite tau_first")
+    sigma = direct[1]
     if bool(sigma.isfinite().all()):
         return levels(math.inf, walk.tau_last, walk.levels, float(sigma.median()))
     return levels(TAU_FIRST, walk.tau_last, walk.levels)
@@ -151,8 +154,8 @@ def walk_batch(
 
 def escaped(x: Tensor, bound: float) -> Tensor:
     """Which samples (B, *S) are not finite or leave [-bound, bound], shape (B,)."""
-    flat = x.flatten(1)
-    return ~(flat.abs().amax(1) <= bound)
+    size = x.flatten(1).abs().amax(1)
+    return ~((size <= bound) & size.isfinite())
 
 
 @torch.no_grad()
@@ -184,7 +187,7 @@ def e_step(
     """
     device, taus = generator.device, walk_levels(data, walk)
     tau_chains = walk.tau_last if tau_chains is None else tau_chains
-    parts, restarted, kept = [], 0, 0
+    parts, restarted, kept = [], 0, []
     for i in range(0, len(data), walk.batch):
         batch = data.rows(slice(i, i + walk.batch)).to(device)
         before = None if chains is None else chains[i : i + walk.batch].to(device)
@@ -198,15 +201,22 @@ def e_step(
             again = walk_batch(prior, batch.rows(bad), None if before is None else before[bad], walk, taus, generator, tau_chains)
             y, x = y.index_copy(0, bad, again.y), x.index_copy(0, bad, again.x)
         bad = escaped(x, bound)
+        kept.append(bad.cpu())
         if bool(bad.any()):
-            kept += int(bad.sum())
             last = torch.zeros_like(x) if before is None else before
             y, x = (torch.where(bad.reshape(-1, *[1] * (x.ndim - 1)), last, a) for a in (y, x))
         parts.append(draws._replace(y=y.cpu(), x=x.cpu()))
         progress(min(i + walk.batch, len(data)))
     mean = lambda name: sum(getattr(p, name) for p in parts) / len(parts)  # noqa: E731
     joined = [torch.cat([getattr(p, name) for p in parts]) for name in ("y", "x")]
-    return Draws(*joined, parts[0].tau, restarted, kept, mean("residual"), mean("iterations"))
+    return Draws(*joined, parts[0].tau, restarted, torch.cat(kept), mean("residual"), mean("iterations"))
+
+
+def drawn(draws: Draws) -> Draws:
+    """The draws without the data whose chains were kept."""
+    if draws.kept is None or not bool(draws.kept.any()):
+        return draws
+    return draws._replace(y=draws.y[~draws.kept], x=draws.x[~draws.kept], kept=None)
 
 
 def over_relaxed(draws: Draws) -> Draws:

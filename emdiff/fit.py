@@ -13,19 +13,20 @@ from typing import Any, Callable, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from emdiff.em import Draws, PairLoss, Walk, e_step, over_relaxed
+from emdiff.em import Draws, PairLoss, Walk, drawn, e_step, over_relaxed
 from emdiff.gaussian import condition, fit_gaussian
 from emdiff.metrics import round_figures
 from emdiff.observations import Observations
 from emdiff.prior import Prior, build_network, load_prior, sample_prior, save_prior, set_precision
 from emdiff.runs import Run
 from emdiff.scale import Scale
+from emdiff.streams import stream, stream_seed
 from emdiff.start import Choice, first_samples, recorrupt, self_supervised_loss
 from emdiff.training import train
 
 
-RELAXED_CHI2 = 0.975
-"""Residual chi2 of posterior samples above which over-relaxation ends: what it has killed too much does not come back."""
+SPREAD = 1.005
+"""An iteration over-relaxes if the last samples' std exceeds the data's own, estimated from the observations, by this factor."""
 
 
 class Plan(NamedTuple):
@@ -40,7 +41,7 @@ class Plan(NamedTuple):
         steps: Training steps of an M-step.
         batch: Data per training step.
         rate: Learning rate.
-        relax: Most over-relaxed iterations; they come first and end once a round's chi2 exceeds RELAXED_CHI2.
+        relax: Last iteration that may over-relax; it does so if the samples' spread exceeds the data's.
         prior_samples: Prior samples drawn per round for figures.
         seed: Seed of everything random.
         device: "cpu" or "cuda".
@@ -50,10 +51,10 @@ class Plan(NamedTuple):
     start: Choice
     walk: Walk
     network: dict[str, Any]
-    start_steps: int = 1500
+    start_steps: int = 1200
     steps: int = 700
     batch: int = 128
-    rate: float = 1e-3
+    rate: float = 2e-3
     relax: int = 0
     prior_samples: int = 500
     seed: int = 0
@@ -70,11 +71,6 @@ class Listener(Protocol):
     def round(self, k: int, metrics: dict[str, Any], pictures: dict[str, Tensor]) -> None:
         """Round k is complete. Pictures are samples (n, *S) in the user's units."""
         ...
-
-
-def generator(plan: Plan, k: int, phase: int, device: str | None = None) -> torch.Generator:
-    """The source of randomness of one phase of one round."""
-    return torch.Generator(device or plan.device).manual_seed(((plan.seed * 100_003 + k) * 11 + phase) % 2**62)
 
 
 def run_fit(
@@ -110,9 +106,9 @@ def run_fit(
         pictures = {"samples": x[:64]}
         if k:
             bar = listener.phase(f"round {k}: prior samples", plan.prior_samples)
-            drawn = sample_prior(prior, plan.prior_samples, generator(plan, k, 5), progress=bar)
+            drawn = sample_prior(prior, plan.prior_samples, stream(plan.seed, "prior samples", k, device=plan.device), progress=bar)
             pictures["prior"] = drawn[:64]
-            metrics |= round_figures(data, x, drawn, generator(plan, k, 6, "cpu"))
+            metrics |= round_figures(data, x, drawn, stream(plan.seed, "figures", k))
         metrics |= {"iter": k, **evaluate(x), "seconds": time.perf_counter() - clock}
         run.finish(k, metrics)
         listener.round(k, metrics, pictures)
@@ -121,14 +117,14 @@ def run_fit(
 
 def start_round(data: Observations, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Tensor, Prior, dict[str, Any]]:
     """First samples x (N, *S), the network they leave behind, and figures; data standardised."""
-    torch.manual_seed(plan.seed)
+    torch.manual_seed(stream_seed(plan.seed, "network"))
     denoiser = set_precision(build_network(data.shape, **plan.network), plan.device)
     metrics: dict[str, Any] = {"start": plan.start.kind}
     direct = data.observer.as_measurement(data.obs)
     gaussian = None
     if plan.start.kind == "gaussian" or not bool(direct[1].isfinite().all()):
         bar = listener.phase("start: Gaussian EM", 20)
-        gaussian = fit_gaussian(data, 20, generator=generator(plan, 0, 1, "cpu"), progress=bar)
+        gaussian = fit_gaussian(data, 20, generator=stream(plan.seed, "gaussian"), progress=bar)
     if plan.start.kind == "self-supervised":
         z, sigma = direct[0], direct[1].expand(direct[0].shape)
 
@@ -136,11 +132,11 @@ def start_round(data: Observations, scale: Scale, plan: Plan, run: Run, listener
             return self_supervised_loss(denoiser, recorrupt(z[index].to(draws.device), sigma[index].to(draws.device), draws))
 
         bar = listener.phase("start: self-supervised training", plan.start_steps)
-        seed = generator(plan, 0, 2).initial_seed()
+        seed = stream_seed(plan.seed, "self-supervised")
         trained = train(denoiser, loss, len(data), plan.start_steps, plan.batch, plan.rate, seed, max(1, len(data) // 10), plan.device, bar)
         denoiser = trained.denoiser
         metrics |= {"start_steps": trained.steps, "start_held_out": trained.held_out}
-    draw = generator(plan, 0, 3)
+    draw = stream(plan.seed, "first samples", device=plan.device)
     bar, parts = listener.phase("start: first samples", len(data)), []
     for i in range(0, len(data), plan.walk.batch):
         batch = data.rows(slice(i, i + plan.walk.batch)).to(plan.device)
@@ -158,7 +154,7 @@ def em_round(k: int, data: Observations, scale: Scale, plan: Plan, run: Run, lis
     """One E-step and one M-step: samples x (N, *S), the new prior, figures; data standardised. Leaves the chains in the folder."""
     prior = load_prior(run.round_path(k - 1) / "prior.safetensors", plan.device)
     clock = time.perf_counter()
-    walk, relax = plan.walk, 1 < k <= plan.relax + 1 and run.metrics(k - 1)["chi2"] < RELAXED_CHI2
+    walk, relax = plan.walk, 1 < k <= plan.relax and run.metrics(k - 1)["sample_std"] > SPREAD * scale.std
     if k == 1:
         x = scale.standardise(run.array(0, "samples"))
         draws = Draws(x, x, 0.0)
@@ -166,21 +162,22 @@ def em_round(k: int, data: Observations, scale: Scale, plan: Plan, run: Run, lis
         bar = listener.phase(f"round {k}: E-step", len(data))
         walk = walk._replace(tau_last=walk.tau_relax) if relax else walk
         chains, bound = run.array(k - 1, "chains"), run.metrics(0)["bound"]
-        draws = e_step(prior.denoiser, data, chains, walk, generator(plan, k, 2), bound, bar, plan.walk.tau_last)
+        draws = e_step(prior.denoiser, data, chains, walk, stream(plan.seed, "e-step", k, device=plan.device), bound, bar, plan.walk.tau_last)
         draws = over_relaxed(draws) if relax else draws
-    eps = torch.randn(draws.y.shape, generator=generator(plan, k, 1, "cpu"))
-    chains = draws.y + math.sqrt(plan.walk.tau_last**2 - draws.tau**2) * eps
+    eps = torch.randn(draws.y.shape, generator=stream(plan.seed, "chains", k))
+    chains = draws.y + math.sqrt(max(plan.walk.tau_last**2 - draws.tau**2, 0.0)) * eps
     seconds_e, clock = time.perf_counter() - clock, time.perf_counter()
     run.save_array(k, "chains", chains)
-    loss = PairLoss(draws, plan.walk.tau_last, level_maps(data) if plan.walk.guidance == "fused" else None)
+    pairs = drawn(draws)
+    loss = PairLoss(pairs, plan.walk.tau_last, level_maps(data) if plan.walk.guidance == "fused" else None)
     bar = listener.phase(f"round {k}: M-step", plan.steps)
-    seed = generator(plan, k, 3).initial_seed()
-    trained = train(prior.denoiser, loss, len(data), plan.steps, plan.batch, plan.rate, seed, device=plan.device, progress=bar)
+    seed = stream_seed(plan.seed, "m-step", k)
+    trained = train(prior.denoiser, loss, len(pairs.x), plan.steps, plan.batch, plan.rate, seed, device=plan.device, progress=bar)
     metrics = {
         "over_relaxed": bool(relax),
         "loss": trained.loss,
         "restarted": draws.restarted,
-        "kept": draws.kept,
+        "kept": 0 if draws.kept is None else int(draws.kept.sum()),
         "solver_residual": draws.residual,
         "solver_iterations": draws.iterations,
         "seconds_e": seconds_e,

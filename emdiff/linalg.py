@@ -82,7 +82,8 @@ def cg(product: Callable[[Tensor], tuple[Tensor, Tensor]], b: Tensor, iterations
 def gmres(product: Callable[[Tensor], tuple[Tensor, Tensor]], b: Tensor, iterations: int, tolerance: float = 1e-4) -> Solve:
     """GMRES from x = 0 without restarts, for systems that are not symmetric; arguments and result as for `cg`.
 
-    The basis is orthogonalised twice. A datum whose Krylov space is exhausted keeps its exact solution. Memory: iterations + 1 vectors.
+    The basis is orthogonalised twice. A datum is done at its tolerance or when its Krylov space is exhausted; the products end when all are.
+    Memory: iterations + 1 vectors.
     """
     batch, column = b.shape[0], lambda a: a.reshape(-1, *[1] * (b.ndim - 1))
     beta = dot(b, b).sqrt()
@@ -103,13 +104,22 @@ def gmres(product: Callable[[Tensor], tuple[Tensor, Tensor]], b: Tensor, iterati
         h = torch.where(h > 1e-6 * size, h, 0.0)
         H[:, j + 1, j] = h.flatten()
         basis.append(_safe(w, h.expand_as(w), (h > 0).expand_as(w)))
-        used, alive = used + alive, alive & (h > 0).flatten()
-    rhs = torch.cat([beta.reshape(batch, 1, 1), b.new_zeros(batch, iterations, 1)], dim=1)
-    z = (torch.linalg.pinv(H, rtol=1e-6) @ rhs)[..., 0]
-    residual = _safe((rhs[..., 0] - (H @ z[..., None])[..., 0]).norm(dim=1), beta.flatten(), beta.flatten() > 0)
-    x = sum(column(z[:, j]) * basis[j] for j in range(iterations))
+        z, residual = _least_squares(H[:, : j + 2, : j + 1], beta)
+        used, alive = used + alive, alive & (h > 0).flatten() & (residual > tolerance)
+        if not bool(alive.any()):
+            break
+    x = sum(column(z[:, j]) * basis[j] for j in range(len(images)))
     image = sum(z[:, j].reshape(-1, *[1] * (im.ndim - 1)) * im for j, im in enumerate(images))
     return Solve(x, residual, used, image)
+
+
+def _least_squares(H: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """argmin |beta e_1 - H z| per datum, and the residual over beta; H (B, j + 2, j + 1), beta (B, 1, ...)."""
+    rhs = torch.zeros_like(H[:, :, 0])
+    rhs[:, 0] = beta.flatten()
+    z = (torch.linalg.pinv(H, rtol=1e-6) @ rhs[..., None])[..., 0]
+    gap = (rhs - (H @ z[..., None])[..., 0]).norm(dim=1)
+    return z, _safe(gap, beta.flatten(), beta.flatten() > 0)
 
 
 SOLVERS = {"cg": cg, "gmres": gmres}

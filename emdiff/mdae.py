@@ -1,10 +1,13 @@
 r"""Multidenoising autoencoders: learned denoisers.
 
 MDAE (pooled): the network sees ybar alone, which loses nothing (measurement), costs the same for every M, and serves every noise
-level, maps of levels included. With precision p = 1/tau^2 and data standardised to variance 1 (preconditioning of Elucidating the
+level, maps of levels included. With precision p = 1/tau^2 and data standardised to variance 1 (preconditioning after Elucidating the
 Design Space of Diffusion-Based Generative Models, Karras et al. 2022, Table 1, entry by entry):
 
-    xhat = p/(1+p) ybar + (1+p)^(-1/2) F(sqrt(p/(1+p)) ybar, c),      c = log(1 + p)/2
+    xhat = k ybar + ((1-k)^2 + k (1-k) spread^2)^(1/2) F(sqrt(p/(1+p)) ybar, c),      k = spread^2 p / (1 + spread^2 p),      c = log(1 + p)/2
+
+spread = 1 is the paper's choice, with k = p/(1+p) and (1+p)^(-1/2) before F. A smaller spread, the std of an entry given its surroundings rather than
+its marginal std, passes less noise for F to cancel at coarse levels (docs/method.md, The start).
 
 ChannelMDAE: the network of the paper, which sees all M measurements of one fixed set of levels and has M outputs (eq. 18-20).
 
@@ -25,6 +28,7 @@ class MDAE(Denoiser):
 
     Args:
         backbone: F(z, c), z (B, *S), c broadcastable, as in `emdiff.nn`; data are standardised to mean 0 and variance 1.
+        spread: Std of an entry of x given the others, in units of its marginal std, in (0, 1].
         bf16: Run the backbone in bfloat16 autocast; the estimator around it stays in the precision of its input.
 
     >>> from emdiff.nn import MLP
@@ -56,7 +60,7 @@ class MDAE(Denoiser):
             weight: Further weights per entry, broadcastable against target.
 
         Returns:
-            Shape (B,): the mean over entries of weight (1 + 1/tau^2) (xhat - target)^2; about 1 at the start for every level.
+            Shape (B,): the mean over entries of weight (1 + 1/tau^2) (xhat - target)^2; of order 1 at the start for every level.
         """
         p = pool(y, sigma).precision
         return (weight * (1 + p) * (self.xhat(y, sigma) - target).square()).flatten(1).mean(1)

@@ -111,7 +111,6 @@ def frechet(features: nn.Module, real: Tensor, fake: Tensor) -> float:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     fid = FrechetInceptionDistance(feature=features, normalize=True, input_img_size=tuple(real.shape[1:]))
-    fid.set_dtype(torch.float64)
     for part in real.split(1000):
         fid.update(part, real=True)
     for part in fake.split(1000):

@@ -89,8 +89,7 @@ class UNet(nn.Module):
     def forward(self, z: Tensor, c: Tensor) -> Tensor:
         """z (B, *S), c (B or 1, *S or ones) -> (B, *S)."""
         B, (H, W) = z.shape[0], self.shape[-2:]
-        unit = self.patch * 2 ** len(self.shrink)
-        pad = (0, -W % unit, 0, -H % unit)
+        pad = (0, -W % self.patch, 0, -H % self.patch)
         h = F.pad(z.reshape(B, -1, H, W), pad).contiguous(memory_format=torch.channels_last)
         h = self.stem(F.pixel_unshuffle(h, self.patch))
         e = self._embedding(c, pad)
@@ -103,7 +102,8 @@ class UNet(nn.Module):
             skips.append(h)
             embeds.append(e)
         for i, stage in enumerate(self.up):
-            h = skips[-2 - i] + F.interpolate(self.grow[i](h), scale_factor=2.0, mode="nearest")
+            skip = skips[-2 - i]
+            h = skip + F.interpolate(self.grow[i](h), size=skip.shape[-2:], mode="nearest")
             for block in stage:
                 h = block(h, embeds[-2 - i])
         h = F.pixel_shuffle(self.head(F.silu(h)), self.patch)
@@ -113,13 +113,13 @@ class UNet(nn.Module):
         """Embed c at the resolution of the stem: one vector where c is constant over the image, a map where it is not."""
         c = c.reshape(c.shape[0], -1, c.shape[-2], c.shape[-1]).mean(1, keepdim=True)
         if c.shape[-2:] != (1, 1):
-            c = F.avg_pool2d(F.pad(c.expand(-1, -1, *self.shape[-2:]), pad), self.patch)
+            c = F.avg_pool2d(F.pad(c.expand(-1, -1, *self.shape[-2:]), pad, mode="replicate"), self.patch)
         return self.embed(level_features(c))
 
 
 def _halve(e: Tensor) -> Tensor:
     """Average 2 x 2 blocks of a map of embeddings; a single vector is its own average."""
-    return e if e.shape[-2:] == (1, 1) else F.avg_pool2d(e, 2)
+    return e if e.shape[-2:] == (1, 1) else F.avg_pool2d(e, 2, ceil_mode=True)
 
 
 class MLP(nn.Module):

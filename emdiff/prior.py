@@ -77,7 +77,7 @@ def build_network(shape: tuple[int, ...], kind: str, **options: Any) -> MDAE:
     if kind not in NETWORKS:
         raise ValueError(f"unknown network {kind!r}; choose from {', '.join(NETWORKS)}")
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-    return MDAE(NETWORKS[kind](shape, **options), spread=0.3 if kind == "unet" else 1.0)
+    return MDAE(NETWORKS[kind](shape, **options), spread=0.2 if kind == "unet" else 1.0)
 
 
 def set_precision(denoiser: MDAE, device: str) -> MDAE:

@@ -46,6 +46,6 @@ class TrainSettings:
     """
 
     steps: Optional[int] = None
-    start_steps: int = 1500
+    start_steps: int = 1200
     batch: int = 128
-    rate: float = 1e-3
+    rate: float = 2e-3

@@ -4,7 +4,9 @@ A loss is a function (denoiser, index, generator) -> scalar: it draws its own me
 so clean data, pairs and recorrupted observations are all trained by the same loop. Everything random comes from one generator seeded per
 training, so a training that is started again gives the same weights on the same machine.
 
-The moving average forgets over a tenth of the training, min(decay, (1 + i)/(10 + i)) at step i. It is fresh in every training.
+The moving average forgets over a fifth of the training, min(decay, (1 + i)/(10 + i)) at step i, and is fresh in every training. Where the length is
+known beforehand the rate falls to 0: what is left of the noise of the gradients would enter every sample of the next E-step, and the
+prior's variance would creep up from iteration to iteration (docs/method.md).
 
 This is the one file that imports Lightning.
 """
@@ -58,10 +60,10 @@ class Indices(IterableDataset):
 class Learner(pl.LightningModule):
     """The denoiser in training, its loss and its moving average."""
 
-    def __init__(self, denoiser: nn.Module, loss: Loss, rate: float, decay: float, seed: int) -> None:
+    def __init__(self, denoiser: nn.Module, loss: Loss, rate: float, steps: int, anneal: bool, seed: int) -> None:
         super().__init__()
         self.denoiser, self.average = denoiser.requires_grad_(True), copy.deepcopy(denoiser)
-        self.loss_function, self.rate, self.decay, self.seed = loss, rate, decay, seed
+        self.loss_function, self.rate, self.steps, self.anneal, self.seed = loss, rate, steps, anneal, seed
         self.losses: list[Tensor] = []
 
     def on_fit_start(self) -> None:
@@ -77,15 +79,16 @@ class Learner(pl.LightningModule):
     def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
         """Move the average."""
         i = len(self.losses)
-        weight = 1 - min(self.decay, (1 + i) / (10 + i))
+        weight = 1 - min(1 - 5 / max(self.steps, 10), (1 + i) / (10 + i))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), list(self.denoiser.parameters()), weight)
 
     def configure_optimizers(self):
-        """Adam with a short warm-up."""
+        """Adam; the rate rises over WARMUP steps, and falls linearly to 0 if `anneal`."""
         optimizer = torch.optim.Adam(self.denoiser.parameters(), lr=self.rate)
-        warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / WARMUP))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
+        fall = lambda i: 1 - i / self.steps if self.anneal else 1.0
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / WARMUP) * fall(i))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class HeldOut(pl.Callback):
@@ -155,11 +158,11 @@ def train(
         FloatingPointError: if the loss stops being finite.
     """
     index = torch.arange(count - held_out)
-    learner = Learner(copy.deepcopy(denoiser), loss, rate, decay=1 - 10 / max(steps, 20), seed=seed)
+    learner = Learner(copy.deepcopy(denoiser), loss, rate, steps, anneal=not held_out, seed=seed)
     callbacks: list[pl.Callback] = [Reporter(progress)]
     if held_out:
         callbacks.append(HeldOut(torch.arange(count - held_out, count), every=100, patience=4))
-    loader = DataLoader(Indices(index, batch, torch.Generator().manual_seed(seed)), batch_size=None)
+    loader = DataLoader(Indices(index, batch, torch.Generator().manual_seed(seed ^ 1)), batch_size=None)
     _trainer(steps, device, callbacks).fit(learner, loader)
     losses = torch.stack(learner.losses)
     if not bool(losses.isfinite().all()):

@@ -1,0 +1,63 @@
+"""The layers: a module imports only from layers before its own, and Lightning, matplotlib and wandb each in one file."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = [
+    {"errors", "streams", "settings"},
+    {"files", "measurement", "linalg"},
+    {"denoise", "langevin", "observations"},
+    {"accumulate", "guidance", "gaussian"},
+    {"nn", "mdae", "scale", "metrics", "start", "training"},
+    {"prior", "runs"},
+    {"em"},
+    {"fit", "figures"},
+    {"track"},
+    {"commands"},
+    {"cli"},
+]
+ONCE = {"pytorch_lightning": "training", "matplotlib": "figures", "wandb": "track"}
+
+
+def imported(path: Path) -> set[str]:
+    """Names of all modules that a file imports, wherever it does."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+MODULES = {path.stem: imported(path) for path in (ROOT / "emdiff").glob("*.py") if path.stem != "__init__"}
+
+
+def test_every_module_has_a_layer():
+    assert set(MODULES) == set().union(*LAYERS)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_point_downwards(module):
+    layer = next(i for i, names in enumerate(LAYERS) if module in names)
+    below = set().union(*LAYERS[:layer])
+    used = {name.split(".")[1] for name in MODULES[module] if name.startswith("emdiff.")}
+    assert used <= below, f"{module} imports {used - below} from its own layer or above"
+
+
+@pytest.mark.parametrize("library", ONCE)
+def test_heavy_libraries_are_imported_in_one_file(library):
+    users = {module for module, names in MODULES.items() if any(name.split(".")[0] == library for name in names)}
+    assert users == {ONCE[library]}
+
+
+def test_observers_know_nothing_of_emdiff():
+    for path in (ROOT / "observers").glob("*.py"):
+        assert not {name for name in imported(path) if name.split(".")[0] == "emdiff"}, path
+
+
+def test_lightning_is_never_imported_under_its_other_name():
+    assert not [module for module, names in MODULES.items() if any(name.split(".")[0] == "lightning" for name in names)]

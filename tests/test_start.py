@@ -1,0 +1,159 @@
+r"""Self-supervised starts: recorrupted observations are as good as clean targets, and first samples have the posterior's law."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from exact import SIGMA, UnitNoise, covariance, dense, noise_variance, normal, observer, posterior, uniform
+from torch import Tensor
+
+from emdiff.denoise import GaussianDenoiser
+from emdiff.observations import Observations
+from emdiff.start import choose_start, first_samples, recorrupt, self_supervised_loss
+from observers import Identity, Mask, Projection
+
+S, d = (2, 3), 6
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(1000 + seed)  # apart from the seeds of `normal` and `uniform`
+
+
+def sigma_of(count: int) -> Tensor:
+    """Levels per datum and entry."""
+    return 0.3 + uniform(count, *S, seed=1)
+
+
+def test_input_and_target_share_one_noise_and_scale_it_oppositely() -> None:
+    """y - z = a w, z - target = w / a, with the level sigma_z sqrt(1 + a^2) and the target's variance in the weight."""
+    count = 500
+    z, sigma = normal(count, *S), sigma_of(count)
+    batch = recorrupt(z, sigma, generator())
+    a = (batch.sigma[:, 0] / sigma).square().sub(1).sqrt()
+    torch.testing.assert_close(a, a[:, :1, :1].expand(a.shape), rtol=1e-6, atol=1e-6)
+    assert a.min() >= 0.15 - 1e-6 and a.max() <= 6 + 1e-6 and a.min() < 0.2 and a.max() > 5
+    torch.testing.assert_close(batch.y[:, 0] - z, a.square() * (z - batch.target), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(batch.weight, 1 / (sigma.square() * (1 + a**-2) + 0.5))
+    w = (batch.y[:, 0] - z) / a / sigma
+    assert abs(w.square().mean().item() - 1) < 5 * math.sqrt(2 / w.numel())
+
+
+def test_the_noises_of_input_and_target_are_uncorrelated_with_the_stated_levels() -> None:
+    count = 40_000
+    x, sigma = normal(1, *S).expand(count, *S), sigma_of(1)
+    batch = recorrupt(x + sigma * normal(count, *S, seed=2), sigma, generator(), (0.5, 2.0))
+    a2 = (batch.sigma[:, 0] / sigma).square() - 1
+    into = (batch.y[:, 0] - x) / batch.sigma[:, 0]
+    out = (batch.target - x) / (sigma * torch.sqrt(1 + 1 / a2))
+    error = 5 / math.sqrt(count)
+    assert (into.mean(0).abs() < error).all() and (out.mean(0).abs() < error).all(), "both are unbiased"
+    assert ((into.square().mean(0) - 1).abs() < 1.5 * error).all() and ((out.square().mean(0) - 1).abs() < 1.5 * error).all()
+    assert ((into * out).mean(0).abs() < error).all()
+
+
+def masked(count: int) -> tuple[Tensor, Tensor]:
+    """Observations as measurements, and levels, some infinite."""
+    seen = uniform(count, *S, seed=3) < 0.6
+    return torch.where(seen, normal(count, *S), 0.0), torch.where(seen, sigma_of(count), math.inf)
+
+
+def test_hidden_entries_are_targets_as_they_are_and_tell_the_input_nothing() -> None:
+    count = 20_000
+    z, sigma = masked(count)
+    batch = recorrupt(z, sigma, generator(), (0.15, 6.0))
+    seen, into = sigma.isfinite(), batch.sigma[:, 0].isfinite()
+    assert not (into & ~seen).any() and (batch.y[:, 0][~into] == 0).all()
+    assert (batch.weight > 0).equal(seen) and batch.target.isfinite().all() and batch.y.isfinite().all()
+    hidden = seen & ~into
+    torch.testing.assert_close(batch.target[hidden], z[hidden])
+    torch.testing.assert_close(batch.weight[hidden], 1 / (sigma[hidden].square() + 0.5))
+    torch.testing.assert_close(batch.sigma[:, 0][into], sigma[into] * math.sqrt(1 + 0.15**2))
+    torch.testing.assert_close((batch.y[:, 0] - z)[into], 0.15**2 * (z - batch.target)[into])
+    share = hidden.flatten(1).sum(1) / seen.flatten(1).sum(1).clamp(min=1)
+    assert share.mean().item() == pytest.approx(0.5, abs=0.02) and share.min() == 0 and share.max() == 1
+
+
+def regression(inputs: Tensor, targets: Tensor) -> Tensor:
+    """The least-squares map (d_out, d_in)."""
+    return torch.linalg.lstsq(inputs, targets).solution.T
+
+
+def test_the_minimiser_on_a_gaussian_is_the_bayes_estimator_of_the_clean_x() -> None:
+    """E[x | input] = S (S + sigma^2 (1 + a^2) I)^-1 input, by regression on 100,000 draws."""
+    count, a = 100_000, 0.6
+    S2 = torch.tensor([[1.0, 0.6], [0.6, 0.8]], dtype=torch.float64)
+    x = normal(count, 2) @ torch.linalg.cholesky(S2).T
+    sigma = torch.tensor([[SIGMA]], dtype=torch.float64)
+    batch = recorrupt(x + SIGMA * normal(count, 2, seed=1), sigma, generator(), (a, a))
+    total = S2 + SIGMA**2 * (1 + a**2) * torch.eye(2, dtype=torch.float64)
+    expected = S2 @ torch.linalg.inv(total)
+    error = 5 * math.sqrt((1 + SIGMA**2 * (1 + a**-2)) / count / float(torch.linalg.eigvalsh(total)[0]))
+    assert (regression(batch.y[:, 0], batch.target) - expected).abs().max() < error < 0.05
+
+
+def test_the_minimiser_with_hidden_entries_predicts_them_from_the_rest() -> None:
+    """Entry 1 hidden, entry 0 visible: E[x_1 | input_0] = S_10 / (S_00 + sigma^2 (1 + a^2)) input_0."""
+    count, a = 100_000, 0.6
+    S2 = torch.tensor([[1.0, 0.6], [0.6, 0.8]], dtype=torch.float64)
+    x = normal(count, 2) @ torch.linalg.cholesky(S2).T
+    seen = uniform(count, 2, seed=3) < 0.7
+    sigma = torch.where(seen, torch.tensor(SIGMA, dtype=torch.float64), math.inf)
+    z = torch.where(seen, x + SIGMA * normal(count, 2, seed=1), 0.0)
+    batch = recorrupt(z, sigma, generator(), (a, 6.0))
+    rows = seen[:, 1] & batch.sigma[:, 0, 1].isinf() & batch.sigma[:, 0, 0].isfinite()
+    slope = regression(batch.y[rows, 0, :1], batch.target[rows, 1:]).item()
+    assert rows.sum() > 5000 and slope == pytest.approx(0.6 / (1 + SIGMA**2 * (1 + a**2)), abs=5 * math.sqrt(1.5 / int(rows.sum())))
+
+
+def test_the_bayes_estimator_has_the_least_self_supervised_loss() -> None:
+    """Masks and per-datum noise; the loss averages over the entries that were observed."""
+    count = 20_000
+    prior = GaussianDenoiser.from_covariance(torch.zeros(S, dtype=torch.float64), covariance(d))
+    made = Mask(S, 0.3 + uniform(count, seed=4), uniform(count, *S, seed=3) < 0.6)
+    batch = recorrupt(*made.as_measurement(made.simulate(prior.sample(count, generator(1)), generator(2))), generator(3))
+    error = (batch.weight * (prior.xhat(batch.y, batch.sigma) - batch.target).square())[made.mask]
+    least = self_supervised_loss(prior, batch).item()
+    assert least == pytest.approx(error.mean().item())
+    for factor in (0.6, 1.6):
+        other = GaussianDenoiser.from_covariance(prior.mean, factor * covariance(d))
+        assert self_supervised_loss(other, batch).item() > least
+    shifted = GaussianDenoiser.from_covariance(prior.mean + 0.2, covariance(d))
+    assert self_supervised_loss(shifted, batch).item() > least
+
+
+def chosen(made, wanted: str = "auto") -> str:
+    return choose_start(Observations(normal(5, *made.obs_shape), made), wanted).kind
+
+
+def test_the_start_is_self_supervised_where_parts_of_observations_predict_each_other() -> None:
+    noise = torch.tensor(SIGMA, dtype=torch.float64)
+    seen = uniform(5, *S, seed=3) < 0.6
+    assert chosen(Identity(S, noise)) == chosen(observer("identity", 5, S)) == "self-supervised"
+    assert chosen(Mask(S, noise, seen)) == chosen(Mask(S, noise, torch.ones(1, *S))) == "self-supervised"
+    assert chosen(Mask(S, noise, seen[:1])) == chosen(Mask(S, noise, seen[:1].expand(5, *S))) == "gaussian"
+    assert chosen(observer("projection", 5, S)) == "gaussian"
+    assert chosen(Identity(S, noise), "gaussian") == "gaussian"
+    for made in (Projection(S, noise, normal(1, 4, d)), Mask(S, noise, seen[:1])):
+        with pytest.raises(ValueError, match="no objective here: .*; use --start gaussian or auto"):
+            chosen(made, "self-supervised")
+
+
+@pytest.mark.parametrize("name", ["identity", "mask"])
+def test_first_samples_of_a_gaussian_have_its_posterior_as_their_law(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Without sampling: from zero noise and unit noises."""
+    prior = GaussianDenoiser.from_covariance(normal(*S, seed=7), covariance(d))
+    made = observer(name, 3, S)
+    obs = made.simulate(prior.sample(3, generator()), generator(1))
+    for i in range(3):
+        one = made.rows(slice(i, i + 1))
+        A, R = dense(one, 1)[0].numpy(), torch.diag(noise_variance(one, 1)[0]).numpy()
+        mean, V, _ = posterior(prior.mean.flatten().numpy(), prior.covariance().numpy(), A, R, obs[i].flatten().numpy())
+        rows = 1 + d * (1 if name == "identity" else 3)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "randn", UnitNoise(1))
+            x = first_samples(prior, prior, Observations(obs[i : i + 1].expand(rows, *S), one), None).flatten(1)
+        L = x[1:] - x[:1]
+        torch.testing.assert_close(x[0], torch.from_numpy(mean), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(L.T @ L, torch.from_numpy(V), rtol=1e-3, atol=1e-4)
