@@ -73,8 +73,8 @@ def fit(
         iters: EM iterations; more than a finished run has continues it.
         start: Where EM starts from; auto says which it took and why.
         guidance: How observations guide walks; auto says which it took and why.
-        relax: Most iterations, at the beginning, that over-relax (coarse jumps, re-noised): fast, but biased, so they end early where the
-            residual chi2 allows no more. Unset: 2 after a self-supervised start, 6 after a Gaussian one.
+        relax: Last iteration that may over-relax (coarse jumps, re-noised: fast but biased), which happens only where the last samples spread more
+            than the data, as estimated from the observations. 0: exact iterations only. Unset: no limit.
         observer: Name of the observer, if the file does not hold it or holds another.
         noise_std: Noise level in the units of the observations, likewise.
         shape: Shape of x, likewise.

@@ -29,6 +29,9 @@ from emdiff.track import Tracker
 
 Config = dict[str, Any]
 
+NO_LIMIT = 10**6
+"""Iterations: what --relax stands for when it is not set."""
+
 
 def resolve_device(wanted: str) -> str:
     """cpu or cuda.
@@ -122,7 +125,7 @@ def make_plan(config: Config, data: Observations, device: str) -> tuple[Plan, di
         raise UsageError(f"--walk.tau-first has to be finite with guidance {guidance}; 0.8 is a good value")
     batch = walk["batch"] or (4096 if device == "cuda" else 500)
     chosen = Walk(**{**walk, "guidance": guidance, "tau_first": tau_first, "batch": batch})
-    relax = config["relax"] if config["relax"] is not None else (6 if start.kind == "gaussian" else 2)
+    relax = config["relax"] if config["relax"] is not None else NO_LIMIT
     steps = train["steps"] or default_steps(len(data), device)
     network = choose_network(data.shape)
     plan = Plan(
@@ -188,7 +191,8 @@ def print_plan(data: Observations, scale: Any, plan: Plan, reasons: dict[str, st
     print(f"guidance      {walk.guidance}: {reasons['guidance']}")
     print(f"walk          {walk.levels} levels from {first} to {walk.tau_last * scale.std:.3g} (in the data's units), {walk.steps} Langevin steps at each")
     print(f"prior         {plan.network['kind']}, {plan.steps} training steps of {plan.batch} per M-step, on {plan.device}")
-    print(f"iterations    {plan.iters}, over-relaxed up to {plan.relax}")
+    limit = "" if plan.relax == NO_LIMIT else f", up to iteration {plan.relax}"
+    print(f"iterations    {plan.iters}; over-relaxed where the samples spread more than the data do{limit}")
     print(f"run folder    {out}" + (f", continued after round {finished}" if finished >= 0 else ""), flush=True)
 
 

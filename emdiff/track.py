@@ -6,6 +6,7 @@ It never prompts and never waits for a network it cannot reach: online needs a k
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 from typing import Any, Callable
 
@@ -76,7 +77,7 @@ def _start(mode: str, folder: Path, config: dict[str, Any], warn: Callable[[str]
     settings = {"silent": True, "init_timeout": TIMEOUT, "disable_git": True, "x_disable_meta": False}
     identity = folder / "wandb_id"
     if not identity.is_file():
-        identity.write_text(wandb.util.generate_id())
+        identity.write_text(secrets.token_hex(4))
     shared = {"project": "emdiff", "dir": str(folder), "name": folder.name, "id": identity.read_text().strip(), "config": config}
     try:
         return wandb.init(mode=mode, resume="allow" if mode == "online" else None, settings=wandb.Settings(**settings), **shared)

@@ -33,7 +33,7 @@ def slope_loss(net, index, generator):
 def test_training_reaches_the_minimiser_and_leaves_its_argument_alone():
     net = Line()
     trained = train(net, slope_loss, 64, 400, batch=32, rate=0.1)
-    assert abs(float(trained.denoiser.a) - 3) < 1e-3 and float(net.a) == 0 and trained.steps == 400
+    assert abs(trained.denoiser.a.item() - 3) < 1e-3 and net.a.item() == 0 and trained.steps == 400
 
 
 def test_training_is_deterministic_and_depends_on_its_seed():
