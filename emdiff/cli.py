@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, Optional
 
-from jsonargparse import ArgumentParser, auto_cli
+from jsonargparse import ArgumentParser, auto_parser
 
 from emdiff.errors import UsageError
 from emdiff.settings import TrainSettings, WalkSettings
@@ -193,8 +193,15 @@ def dashes(argument: str) -> str:
 def main(arguments: Optional[list[str]] = None) -> None:
     """Run a command; bad input ends with status 2 and one message."""
     arguments = [dashes(a) for a in (sys.argv[1:] if arguments is None else arguments)]
+    parser = auto_parser(COMMANDS, as_positional=False, parser_class=Parser, prog="emdiff", allow_abbrev=False)
+    chosen = parser.parse_args(arguments)
     try:
-        auto_cli(COMMANDS, args=arguments, as_positional=False, allow_abbrev=False, parser_class=Parser, prog="emdiff")
+        settings = parser.instantiate(chosen)[chosen.subcommand]
+    except ValueError as error:
+        parser.error(str(error))
+    settings.pop("config", None)
+    try:
+        COMMANDS[chosen.subcommand](**settings)
     except UsageError as error:
         print(f"emdiff: {error}", file=sys.stderr)
         sys.exit(2)

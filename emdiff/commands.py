@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,10 +46,16 @@ def resolve_device(wanted: str) -> str:
 
 
 class Console:
-    """Progress bars that name the phase and the time left, and a line per round; pictures and W&B at the end of each round."""
+    """Progress bars that name the phase and the time left, and a line per round; pictures and W&B at the end of each round.
 
-    def __init__(self, run: Run, tracker: Tracker) -> None:
-        self.run, self.tracker, self.bar = run, tracker, None
+    Args:
+        run: The run folder.
+        tracker: W&B.
+        fixed: What stands above the samples in pictures: the truth, if known, and observations of the shape of x, (n, *S) each.
+    """
+
+    def __init__(self, run: Run, tracker: Tracker, fixed: dict[str, Tensor]) -> None:
+        self.run, self.tracker, self.fixed, self.bar = run, tracker, fixed, None
 
     def phase(self, name: str, total: int) -> Callable[..., None]:
         """A new bar; returns its update (done, loss)."""
@@ -72,6 +79,7 @@ class Console:
         folder = self.run.path / "figures"
         for name, x in pictures.items():
             save_samples(folder / f"{name}_{k:03d}.png", x, f"{name}, iteration {k}")
+        save_rows(folder / f"rows_{k:03d}.png", {**self.fixed, "sample": pictures["samples"][:12]})
         history = [self.run.metrics(j) for j in range(k + 1)]
         save_progress(folder / "progress.png", history)
         self.tracker.log(metrics, pictures)
@@ -91,11 +99,12 @@ def fit_command(config: Config) -> None:
     plan, reasons = make_plan(config, data, device)
     resolved = resolved_config(config, plan)
     out = Path(config["out"]) if config["out"] else Path("runs") / default_name(path, resolved)
-    run = Run(out, resolved, path)
+    run = Run(out, resolved, path, needed=4 * (plan.iters + 3) * len(data) * math.prod(data.shape))
     print_plan(data, scale, plan, reasons, out, run.finished())
     tracker = Tracker(config["wandb"], out, resolved, warn=lambda line: print(f"note: {line}"))
-    console = Console(run, tracker)
     truth = read_truth(path)
+    fixed = {} if truth is None else {"truth": truth[:12]}
+    console = Console(run, tracker, fixed | ({"observation": data.obs[:12]} if data.obs.shape[1:] == data.shape else {}))
     try:
         run_fit(data, scale, plan, run, console, (lambda x: truth_figures(x, truth)) if truth is not None else (lambda x: {}))
     finally:
@@ -189,8 +198,10 @@ def print_plan(data: Observations, scale: Any, plan: Plan, reasons: dict[str, st
     print(f"data          mean {scale.mean:.4g}, std {scale.std:.4g}, estimated from the observations")
     print(f"start         {plan.start.kind}: {reasons['start']}")
     print(f"guidance      {walk.guidance}: {reasons['guidance']}")
-    print(f"walk          {walk.levels} levels from {first} to {walk.tau_last * scale.std:.3g} (in the data's units), {walk.steps} Langevin steps at each")
-    print(f"prior         {plan.network['kind']}, {plan.steps} training steps of {plan.batch} per M-step, on {plan.device}")
+    print(
+        f"walk          {walk.levels} levels from {first} to {walk.tau_last * scale.std:.3g} (in the data's units), {walk.steps} Langevin steps each"
+    )
+    print(f"prior         {plan.network['kind']}, {plan.steps} steps of {plan.batch} per M-step, on {plan.device}")
     limit = "" if plan.relax == NO_LIMIT else f", up to iteration {plan.relax}"
     print(f"iterations    {plan.iters}; over-relaxed where the samples spread more than the data do{limit}")
     print(f"run folder    {out}" + (f", continued after round {finished}" if finished >= 0 else ""), flush=True)

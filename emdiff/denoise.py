@@ -14,7 +14,8 @@ Source: Multimeasurement Generative Models (Saremi & Srivastava 2022), Sec. 2.2 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn

@@ -22,7 +22,8 @@ are derived in docs/method.md.
 from __future__ import annotations
 
 import math
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,7 +127,9 @@ def walk_levels(data: Observations, walk: Walk) -> list[float]:
         return levels(walk.tau_first, walk.tau_last, walk.levels)
     direct = data.observer.as_measurement(data.obs)
     if direct is None:
-        raise ValueError(f"a walk from infinity needs observations that are measurements of x; observer {data.observer.name} needs a finite tau_first")
+        raise ValueError(
+            f"a walk from infinity needs observations that are measurements of x; observer {data.observer.name} needs a finite tau_first"
+        )
     sigma = direct[1]
     if bool(sigma.isfinite().all()):
         return levels(math.inf, walk.tau_last, walk.levels, float(sigma.median()))

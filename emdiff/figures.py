@@ -5,8 +5,9 @@ Images are shown on a fixed grey scale (colour for three channels) whose ends ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import matplotlib
 

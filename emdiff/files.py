@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 
@@ -23,10 +24,16 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror or error}); free some space or choose another --out") from error
+    except (OSError, RuntimeError) as error:
+        raise UsageError(f"{path}: cannot be written ({one_line(error)}); check the folder and its free space, or choose another --out") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, on one line: the system's own words where it has some."""
+    errno = getattr(error, "errno", None)
+    return os.strerror(errno) if errno else " ".join(str(error).split())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any, Callable, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from emdiff.em import Draws, PairLoss, Walk, drawn, e_step, over_relaxed
 from emdiff.gaussian import condition, fit_gaussian
-from emdiff.metrics import round_figures
+from emdiff.metrics import prior_figures, sample_figures
 from emdiff.observations import Observations
 from emdiff.prior import Prior, build_network, load_prior, sample_prior, save_prior, set_precision
 from emdiff.runs import Run
 from emdiff.scale import Scale
-from emdiff.streams import stream, stream_seed
 from emdiff.start import Choice, first_samples, recorrupt, self_supervised_loss
+from emdiff.streams import stream, stream_seed
 from emdiff.training import train
-
 
 SPREAD = 1.005
 """An iteration over-relaxes if the last samples' std exceeds the data's own, estimated from the observations, by this factor."""
@@ -108,8 +108,8 @@ def run_fit(
             bar = listener.phase(f"round {k}: prior samples", plan.prior_samples)
             drawn = sample_prior(prior, plan.prior_samples, stream(plan.seed, "prior samples", k, device=plan.device), progress=bar)
             pictures["prior"] = drawn[:64]
-            metrics |= round_figures(data, x, drawn, stream(plan.seed, "figures", k))
-        metrics |= {"iter": k, **evaluate(x), "seconds": time.perf_counter() - clock}
+            metrics |= prior_figures(data, drawn, stream(plan.seed, "figures", k))
+        metrics |= {"iter": k, **sample_figures(data, x), **evaluate(x), "seconds": time.perf_counter() - clock}
         run.finish(k, metrics)
         listener.round(k, metrics, pictures)
     return prior or load_prior(run.round_path(plan.iters) / "prior.safetensors", plan.device)
@@ -154,7 +154,7 @@ def em_round(k: int, data: Observations, scale: Scale, plan: Plan, run: Run, lis
     """One E-step and one M-step: samples x (N, *S), the new prior, figures; data standardised. Leaves the chains in the folder."""
     prior = load_prior(run.round_path(k - 1) / "prior.safetensors", plan.device)
     clock = time.perf_counter()
-    walk, relax = plan.walk, 1 < k <= plan.relax and run.metrics(k - 1)["sample_std"] > SPREAD * scale.std
+    walk, relax = plan.walk, k > 1 and over_relaxes(k, plan, run.metrics(k - 1)["sample_std"], scale)
     if k == 1:
         x = scale.standardise(run.array(0, "samples"))
         draws = Draws(x, x, 0.0)
@@ -184,6 +184,11 @@ def em_round(k: int, data: Observations, scale: Scale, plan: Plan, run: Run, lis
         "seconds_m": time.perf_counter() - clock,
     }
     return draws.x, prior._replace(denoiser=trained.denoiser), metrics
+
+
+def over_relaxes(k: int, plan: Plan, sample_std: float, scale: Scale) -> bool:
+    """Whether round k over-relaxes: the samples of the round before, of std sample_std, spread more than the data do."""
+    return k <= plan.relax and sample_std > SPREAD * scale.std
 
 
 def level_maps(data: Observations) -> Tensor | None:

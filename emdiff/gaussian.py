@@ -16,7 +16,8 @@ processes (Wilson et al. 2021), Sec. 3; for low rank plus diagonal, EM algorithm
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Callable, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor

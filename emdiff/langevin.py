@@ -17,7 +17,8 @@ nonconservative forces (Sachs, Leimkuhler & Danos 2017); Underdamped Langevin MC
 from __future__ import annotations
 
 import math
-from typing import Callable, Iterator, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor

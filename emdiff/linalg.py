@@ -9,7 +9,8 @@ A is a function of a batch (B, *S). Inner products are per datum, so a batch of 
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor

@@ -80,16 +80,14 @@ def observation_agreement(data: Observations, x: Tensor, generator: torch.Genera
     return distance(again, second.obs) / max(distance(first.obs, second.obs), 1e-30)
 
 
-def round_figures(data: Observations, x: Tensor, prior_samples: Tensor, generator: torch.Generator) -> dict[str, float]:
-    """The figures of one EM iteration that need no truth; samples (N, *S) and prior samples (n, *S) in the user's units."""
-    return {
-        "chi2": float(residual_chi2(data, x).mean()),
-        "sample_mean": float(x.mean()),
-        "sample_std": float(x.std()),
-        "prior_mean": float(prior_samples.mean()),
-        "prior_std": float(prior_samples.std()),
-        "observation_agreement": observation_agreement(data, prior_samples, generator),
-    }
+def sample_figures(data: Observations, x: Tensor) -> dict[str, float]:
+    """Figures of posterior samples x (N, *S), one per observation, in the user's units."""
+    return {"chi2": float(residual_chi2(data, x).mean()), "sample_mean": float(x.mean()), "sample_std": float(x.std())}
+
+
+def prior_figures(data: Observations, x: Tensor, generator: torch.Generator) -> dict[str, float]:
+    """Figures of prior samples x (n, *S), in the user's units."""
+    return {"prior_mean": float(x.mean()), "prior_std": float(x.std()), "observation_agreement": observation_agreement(data, x, generator)}
 
 
 def truth_figures(x: Tensor, truth: Tensor) -> dict[str, float]:

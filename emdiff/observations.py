@@ -16,30 +16,21 @@ Every complaint about a file is a `UsageError` of one line.
 
 from __future__ import annotations
 
-import math
-import os
-import zipfile
-import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
-import h5py
 import numpy as np
 import torch
 from torch import Tensor
 
+from emdiff.archive import ARCHIVES, SIGNATURES, array_names, check_suffix, load_array, open_archive, save_archive
 from emdiff.errors import UsageError
+from emdiff.files import write_atomically
 from observers import REGISTRY, Observer, build
 
 OBS = ("obs", "y", "observations", "arr_0")
 DATA = ("train_images", "x", "images", "data", "arr_0")
-SIGNATURES = {".npz": b"PK", ".npy": b"\x93NUMPY", ".h5": b"\x89HDF", ".hdf5": b"\x89HDF"}
-ARCHIVES = (".npz", ".h5", ".hdf5")
-UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
-EXPANSION = 2000  # no stored array is this many times its file: deflate reaches 1032
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,8 +107,8 @@ def read_observations(
 def read_truth(path: str | Path) -> Tensor | None:
     """The truth x (N, *S), float32, of a file of observations, or None where it has none; uint8 is divided by 255."""
     path = Path(path)
-    with _opened(path, ARCHIVES) as file:
-        array = _array(path, file, "x") if "x" in _names(file) else None
+    with open_archive(path, ARCHIVES) as file:
+        array = load_array(path, file, "x") if "x" in array_names(file) else None
     return None if array is None else _float(path, "x", array, uint8_range=True)
 
 
@@ -135,9 +126,9 @@ def read_data(path: str | Path, count: int | None = None) -> Tensor:
         UsageError: The file cannot be read, or holds fewer data.
     """
     path = Path(path)
-    with _opened(path, tuple(SIGNATURES)) as file:
-        name = _find(path, _names(file), DATA)
-        array = _array(path, file, name)
+    with open_archive(path, tuple(SIGNATURES)) as file:
+        name = _find(path, array_names(file), DATA)
+        array = load_array(path, file, name)
     if array.ndim < 2 or array.size == 0:
         raise UsageError(f"{path}: {name} has shape {array.shape}, expected (N, ...) with at least one datum; store one datum per row")
     if count is not None and not 1 <= count <= len(array):
@@ -160,105 +151,17 @@ def write_observations(path: str | Path, observations: Observations, x: Tensor |
         UsageError: The suffix is unsupported, or the disk refuses.
     """
     path = Path(path)
-    _check_suffix(path, ARCHIVES)
+    check_suffix(path, ARCHIVES)
     observer = observations.observer
     tensors = {"obs": observations.obs, **observer.arrays(), "noise_std": observer.noise_std, **({} if x is None else {"x": x})}
     fields = {name: _stored(tensor) for name, tensor in tensors.items()}
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        _save(temporary, {**fields, "shape": np.array(observer.shape), "observer": observer.name})
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        raise UsageError(f"{path}: cannot be written ({_line(error)}); check the folder and its free space") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _save(path: Path, fields: Mapping[str, Any]) -> None:
-    if path.suffix.lower() == ".npz":
-        with path.open("wb") as content:
-            np.savez(content, allow_pickle=False, **fields)
-        return
-    with h5py.File(path, "w") as file:
-        for name, value in fields.items():
-            file[name] = np.bytes_(value) if isinstance(value, str) else value  # HDF5 can hang on a damaged heap of free-length strings
+    fields |= {"shape": np.array(observer.shape), "observer": observer.name}
+    write_atomically(path, lambda temporary: save_archive(temporary, path.suffix, fields))
 
 
 def _stored(tensor: Tensor) -> np.ndarray:
     """Masks as bytes, all else as float32."""
     return (tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.float()).detach().cpu().numpy()
-
-
-def _line(error: BaseException) -> str:
-    """What went wrong, on one line: the system's own words where it has some."""
-    errno = getattr(error, "errno", None)
-    return os.strerror(errno) if errno else " ".join(str(error).split())
-
-
-def _check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:
-    if path.suffix.lower() not in suffixes:
-        raise UsageError(f"{path}: files of type '{path.suffix}' are not supported; use one of {', '.join(suffixes)}")
-
-
-@contextmanager
-def _opened(path: Path, suffixes: tuple[str, ...]) -> Iterator[Any]:
-    """A mapping from names to arrays that are loaded when asked for."""
-    _check_suffix(path, suffixes)
-    if not path.is_file():
-        raise UsageError(f"{path}: there is no such file; check the path")
-    try:
-        with _archive(path, path.suffix.lower()) as file:
-            yield file
-    except UNREADABLE as error:
-        raise UsageError(f"{path}: cannot be read ({_line(error)}), it may be cut short; copy or write it again") from error
-
-
-def _archive(path: Path, suffix: str) -> AbstractContextManager[Any]:
-    with path.open("rb") as content:
-        if not content.read(8).startswith(SIGNATURES[suffix]):
-            raise UsageError(f"{path}: is not an {suffix} file, whatever its name says; write it with numpy or h5py")
-    if suffix == ".npy":
-        return nullcontext({"arr_0": np.load(path, mmap_mode="r", allow_pickle=False)})
-    archive: AbstractContextManager[Any] = np.load(path, allow_pickle=False) if suffix == ".npz" else h5py.File(path, "r")
-    return archive
-
-
-def _names(file: Any) -> list[str]:
-    """The arrays of a file; other members of a zip do not count."""
-    members = file.zip.namelist() if hasattr(file, "zip") else [f"{name}.npy" for name in file]
-    return [member.removesuffix(".npy") for member in members if member.endswith(".npy")]
-
-
-def _array(path: Path, file: Any, name: str) -> np.ndarray:
-    """Load one array, after a look at what the file declares it to be."""
-    shape, dtype, available = _declared(path, file, name)
-    if dtype.hasobject and h5py.check_string_dtype(dtype) is None:
-        raise UsageError(f"{path}: {name} holds pickled Python objects, which are not read; store it as an array of numbers")
-    size = math.prod(shape) * dtype.itemsize
-    if size > available:
-        raise UsageError(f"{path}: {name} declares shape {shape}, {size} bytes, more than the file can hold; write it again")
-    return np.asarray(file[name][()])
-
-
-def _declared(path: Path, file: Any, name: str) -> tuple[tuple[int, ...], np.dtype[Any], float]:
-    """Shape, dtype, and the number of bytes that the file may hold of an array, without loading it."""
-    most = EXPANSION * path.stat().st_size
-    if hasattr(file, "zip"):
-        member = file.zip.getinfo(f"{name}.npy")
-        with file.zip.open(member) as content:
-            shape, dtype = _npy_header(content)
-            return shape, dtype, min(member.file_size - content.tell(), most)
-    stored = file[name]
-    if not hasattr(stored, "shape"):
-        raise UsageError(f"{path}: {name} is a {type(stored).__name__.lower()}, expected an array; store the array at the top level")
-    return stored.shape or (), stored.dtype, most
-
-
-def _npy_header(content: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and dtype that an .npy stream declares; the stream is left at the first byte of the data."""
-    first = np.lib.format.read_magic(content) == (1, 0)
-    shape, _, dtype = (np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0)(content)
-    return shape, dtype
 
 
 def _array_names() -> set[str]:
@@ -276,11 +179,11 @@ def _find(path: Path, names: list[str], accepted: tuple[str, ...]) -> str:
 
 def _load(path: Path) -> dict[str, np.ndarray]:
     """All that a file of observations says, x excepted, which is not even opened."""
-    with _opened(path, ARCHIVES) as file:
-        names = _names(file)
+    with open_archive(path, ARCHIVES) as file:
+        names = array_names(file)
         wanted = {name: name for name in names if name in {"observer", "noise_std", "shape", *_array_names()}}
         wanted["obs"] = _find(path, names, OBS)
-        return {key: _array(path, file, name) for key, name in wanted.items()}
+        return {key: load_array(path, file, name) for key, name in wanted.items()}
 
 
 def _float(path: Path, name: str, array: np.ndarray, uint8_range: bool) -> Tensor:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -112,7 +113,7 @@ def load_prior(path: Path, device: str = "cpu") -> Prior:
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["emdiff"])
-            weights = {name: file.get_tensor(name) for name in file.keys()}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         denoiser = build_network(tuple(about["shape"]), **about["network"])
         denoiser.load_state_dict(weights)
         scale = Scale(*map(float, about["scale"]))

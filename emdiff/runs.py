@@ -48,13 +48,16 @@ class Run:
         path: The folder; made if it does not exist.
         config: The resolved configuration, plain values.
         observations: The observations file.
+        needed: Bytes that the samples of all rounds will take.
 
     Raises:
-        UsageError: if the folder holds something else, or a run with another configuration or other observations.
+        UsageError: if the folder holds something else, or a run with another configuration or other observations, or if its disk has
+            too little space.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], observations: Path) -> None:
+    def __init__(self, path: Path, config: dict[str, Any], observations: Path, needed: int = 0) -> None:
         self.path = path
+        _check_space(path, needed)
         print_ = fingerprint(observations)
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path}: --out is a file; give a folder")
@@ -119,6 +122,16 @@ class Run:
         append_line(self.path / "metrics.jsonl", metrics)
         if k:
             (self.round_path(k - 1) / "chains.npy").unlink(missing_ok=True)
+
+
+def _check_space(path: Path, needed: int) -> None:
+    """Refuse a disk with less space than the run's samples will take."""
+    parent = next(p for p in [path, *path.absolute().parents] if p.is_dir())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise UsageError(
+            f"{path}: the run needs {needed / 1e9:.3g} GB and its disk has {free / 1e9:.3g} GB left; free some space or choose another --out"
+        )
 
 
 def latest_prior(run: Path) -> Path:

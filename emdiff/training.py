@@ -16,7 +16,8 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from typing import Callable, Iterator, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch

@@ -79,7 +79,9 @@ class Bench:
         out = a.folder / f"{a.observer}-{count}-{a.start}-{seed}"
         observer = ["--observer", a.observer] + (["--observer.keep", "0.25"] if a.observer == "mask" else [])
         if not file.is_file():
-            command("observe", "--data", str(a.data), *observer, "--noise-std", str(noise), "--count", str(count), "--seed", str(seed), "--out", str(file))
+            command(
+                "observe", "--data", str(a.data), *observer, "--noise-std", str(noise), "--count", str(count), "--seed", str(seed), "--out", str(file)
+            )
         quick = ["--train.steps", "30", "--train.start_steps", "60", "--walk.levels", "8"] if a.quick else []
         flags = ["--iters", str(a.iters), "--start", a.start, "--seed", str(seed), "--wandb", "off", "--out", str(out), *quick]
         seconds, peak = command("fit", "--observations", str(file), *flags)

@@ -1,6 +1,6 @@
 """The loop in one picture, from a finished run: observations, posterior samples over iterations, prior samples over iterations.
 
-    python scripts/picture_loop.py --run runs/NAME --observations noisy_mnist.npz --out docs/loop.png
+python scripts/picture_loop.py --run runs/NAME --observations noisy_mnist.npz --out docs/loop.png
 """
 
 from __future__ import annotations

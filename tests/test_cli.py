@@ -65,7 +65,7 @@ def test_a_whole_session_on_images():
         before = np.square(np.load("run/start/samples.npy") - images).mean()
         assert before < images.var()
     names = {p.name for p in Path("run/figures").iterdir()}
-    assert {"prior_002.png", "samples_000.png", "progress.png"} <= names and Path("s.png").stat().st_size > 1000
+    assert {"prior_002.png", "samples_000.png", "rows_002.png", "progress.png"} <= names and Path("s.png").stat().st_size > 1000
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert [row["iter"] for row in rows] == [0, 1, 2] and all(np.isfinite(row["error"]) for row in rows)
     assert {"chi2", "observation_agreement", "seconds_e", "seconds_m", "restarted"} <= rows[2].keys()
@@ -128,7 +128,6 @@ def test_the_resolved_configuration_is_a_config_file(capsys):
 
 
 def test_print_config_round_trips(capsys):
-    main(["fit", "--observations", "obs.npz", "--walk.levels", "7", "--print_config"]) if False else None
     with pytest.raises(SystemExit):
         main(["fit", "--observations", "obs.npz", "--walk.levels", "7", "--print_config"])
     Path("c.yaml").write_text(capsys.readouterr().out)
@@ -244,6 +243,15 @@ def test_no_space_is_said(capsys, monkeypatch):
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and "No space left" in line and "run" in line
     assert not [p for p in Path(".").rglob("*.tmp")]
+
+
+def test_a_disk_that_is_too_small_is_refused_before_any_work(capsys, monkeypatch):
+    import shutil
+
+    vectors()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    line = refused(capsys, "fit", "--observations", "obs.npz", "--out", "run", *SMALL)
+    assert "1e-06 GB" in line and "--out" in line and not Path("run").exists()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors", "streams", "settings"},
     {"files", "measurement", "linalg"},
-    {"denoise", "langevin", "observations"},
+    {"archive", "denoise", "langevin"},
+    {"observations"},
     {"accumulate", "guidance", "gaussian"},
     {"nn", "mdae", "scale", "metrics", "start", "training"},
     {"prior", "runs"},

@@ -13,7 +13,7 @@ from scipy.stats import wasserstein_distance
 from torch import Tensor, nn
 
 from emdiff import metrics
-from emdiff.metrics import frechet, observation_agreement, residual_chi2, round_figures, sliced_wasserstein, truth_figures
+from emdiff.metrics import frechet, observation_agreement, prior_figures, residual_chi2, sample_figures, sliced_wasserstein, truth_figures
 from emdiff.observations import Observations
 from observers import Identity
 
@@ -81,7 +81,7 @@ def test_figures_of_a_round_are_those_of_their_parts() -> None:
     made = Identity(S, torch.tensor(0.7, dtype=torch.float64))
     x = normal(400, *S)
     data = Observations(made.simulate(x, generator(1)), made)
-    figures = round_figures(data, x, 2 * x + 1, generator())
+    figures = sample_figures(data, x) | prior_figures(data, 2 * x + 1, generator())
     assert figures["chi2"] == pytest.approx((data.obs - x).square().mean().item() / 0.49)
     assert figures["sample_std"] == pytest.approx(x.std().item()) and figures["prior_std"] == pytest.approx(2 * x.std().item())
     assert figures["sample_mean"] == pytest.approx(x.mean().item()) and figures["prior_mean"] == pytest.approx(2 * x.mean().item() + 1)

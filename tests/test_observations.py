@@ -337,9 +337,7 @@ def full_disk(*args: object, **kwargs: object) -> None:
 
 @pytest.mark.parametrize("suffix", [".npz", ".h5"])
 @pytest.mark.parametrize("where", ["writing", "renaming"])
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, where: str
-) -> None:
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, where: str) -> None:
     path = tmp_path / f"a{suffix}"
     read = read_observations(save(path, **basic()))
     before = path.read_bytes()
@@ -355,7 +353,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     assert len(read_observations(path)) == 3, "overwriting is allowed"
 
 
-def test_writing_to_no_folder_or_another_format_is_refused(tmp_path: Path) -> None:
+def test_writing_below_a_file_or_another_format_is_refused(tmp_path: Path) -> None:
     read = read_observations(save(tmp_path / "a.npz", **basic()))
-    complains(lambda: write_observations(tmp_path / "b" / "a.npz", read), tmp_path / "b" / "a.npz", "No such file", "check the folder")
+    below = tmp_path / "a.npz" / "b.npz"
+    complains(lambda: write_observations(below, read), below, "cannot be written", "check the folder")
     complains(lambda: write_observations(tmp_path / "a.txt", read), tmp_path / "a.txt", "'.txt'", ".npz, .h5, .hdf5")

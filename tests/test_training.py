@@ -5,12 +5,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from emdiff.em import Draws, PairLoss
+from emdiff.em import Draws, PairLoss, Walk
 from emdiff.errors import UsageError
+from emdiff.fit import Plan, over_relaxes
 from emdiff.metrics import residual_chi2
 from emdiff.observations import Observations
 from emdiff.prior import Prior, build_network, choose_network, load_prior, sample_prior, save_prior
 from emdiff.scale import Scale
+from emdiff.start import Choice
 from emdiff.streams import stream, stream_seed
 from emdiff.training import train
 from observers import Identity
@@ -107,7 +109,9 @@ def test_files_that_are_no_priors_are_refused(tmp_path):
             load_prior(tmp_path / f"{name}.safetensors")
 
 
-@pytest.mark.parametrize(("shape", "kind"), [((28, 28), "unet"), ((3, 32, 32), "unet"), ((1, 64, 64), "unet"), ((17, 23), "unet"), ((5,), "mlp"), ((4, 4), "mlp")])
+@pytest.mark.parametrize(
+    ("shape", "kind"), [((28, 28), "unet"), ((3, 32, 32), "unet"), ((1, 64, 64), "unet"), ((17, 23), "unet"), ((5,), "mlp"), ((4, 4), "mlp")]
+)
 def test_a_network_is_chosen_for_every_shape(shape, kind):
     network = choose_network(shape)
     denoiser = build_network(shape, **network)
@@ -122,6 +126,13 @@ def test_the_m_step_learns_the_posterior_mean_of_a_gaussian():
     y = torch.tensor([[-1.0, 0.5], [0.3, 1.2]])
     for tau in (0.2, 0.7, 2.0):
         assert torch.allclose(trained.xhat(y[:, None], torch.tensor([tau])), y / (1 + tau**2), atol=0.1)
+
+
+def test_an_iteration_over_relaxes_only_where_samples_spread_more_than_the_data():
+    plan = Plan(10, Choice("gaussian", ""), Walk(), {}, relax=5)
+    decide = lambda k, std: over_relaxes(k, plan, std, Scale(7.0, 2.0))  # noqa: E731
+    assert decide(2, 2.1) and decide(5, 2.1) and not decide(6, 2.1)
+    assert not decide(2, 2.0) and not decide(2, 2.005) and not decide(2, 1.5)
 
 
 def test_offline_tracking_writes_a_run_and_never_asks(tmp_path, monkeypatch):
