@@ -37,7 +37,7 @@ class Plan(NamedTuple):
         start: The start, decided.
         walk: The E-step.
         network: Arguments of `build_network`.
-        start_steps: Most training steps of the self-supervised start.
+        start_steps: Most training steps of the self-supervised start; those of the first M-step after a Gaussian one, which trained no network.
         steps: Training steps of an M-step.
         batch: Data per training step.
         rate: Learning rate.
@@ -170,9 +170,10 @@ def em_round(k: int, data: Observations, scale: Scale, plan: Plan, run: Run, lis
     run.save_array(k, "chains", chains)
     pairs = drawn(draws)
     loss = PairLoss(pairs, plan.walk.tau_last, level_maps(data) if plan.walk.guidance == "fused" else None)
-    bar = listener.phase(f"round {k}: M-step", plan.steps)
+    steps = plan.start_steps if k == 1 and plan.start.kind == "gaussian" else plan.steps
+    bar = listener.phase(f"round {k}: M-step", steps)
     seed = stream_seed(plan.seed, "m-step", k)
-    trained = train(prior.denoiser, loss, len(pairs.x), plan.steps, plan.batch, plan.rate, seed, device=plan.device, progress=bar)
+    trained = train(prior.denoiser, loss, len(pairs.x), steps, plan.batch, plan.rate, seed, device=plan.device, progress=bar)
     metrics = {
         "over_relaxed": bool(relax),
         "loss": trained.loss,

@@ -40,7 +40,8 @@ class TrainSettings:
 
     Args:
         steps: Steps of each M-step. Unset: chosen from the number of observations.
-        start_steps: Most steps of the self-supervised start; held-out observations end it earlier.
+        start_steps: Most steps of the self-supervised start, which held-out observations end earlier; steps of the first M-step after a
+            Gaussian start, which trains no network.
         batch: Data per step.
         rate: Learning rate of Adam.
     """
