@@ -64,6 +64,19 @@ class Denoiser(nn.Module, ABC):
         """grad_m log p(y), shape (B, M, *S), for finite levels."""
         return (self.nu(y, sigma) - y) / align(sigma, y).square()
 
+    def loss(self, target: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
+        """The least-squares objective: the mean over the M outputs of their squared errors per entry (eq. 19 divided by d).
+
+        Args:
+            target: x, or any unbiased stand-in for E[x | y], shape (B, *S).
+            y: Measurements (B, M, *S).
+            sigma: Noise levels as in `measurement.align`.
+
+        Returns:
+            One value per datum, shape (B,).
+        """
+        return (self.nu(y, sigma) - target[:, None]).square().flatten(1).mean(1)
+
     def moments(self, y: Tensor, sigma: Tensor) -> Moments:
         """E[x | y] and products with V[x | y], the mean over the finite m of sigma_m^2 (d xhat / d y_m)^T u.
 

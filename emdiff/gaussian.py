@@ -77,30 +77,31 @@ def condition(prior: GaussianDenoiser, observer: Observer, obs: Tensor, generato
     return Conditional(x, xhat)
 
 
-def factor(cov: Tensor, rank: int, floor: float) -> tuple[Tensor, Tensor]:
+def factor(cov: Tensor, rank: int, floor: float, sweeps: int = 8) -> tuple[Tensor, Tensor]:
     """Write a covariance (d, d) as W W^T + diag(psi), W (d, rank): principal factors, then the diagonal that is left.
 
     Args:
         cov: Symmetric; may have negative eigenvalues.
         rank: Columns of W.
         floor: Least psi.
+        sweeps: Alternations between W and psi.
 
     Returns:
         (W, psi), shapes (d, rank) and (d,).
     """
     psi = torch.zeros_like(cov.diagonal())
-    for _ in range(8):
+    for _ in range(sweeps):
         s, basis = torch.linalg.eigh(cov - torch.diag(psi))
         W = basis[:, -rank:] * s[-rank:].clamp(min=0).sqrt()
         psi = (cov.diagonal() - W.square().sum(1)).clamp(min=floor)
     return W, psi
 
 
-def from_moments(mean: Tensor, cov: Tensor, rank: int) -> GaussianDenoiser:
-    """N(mean, cov), in full for up to DENSE entries, else low rank plus diagonal; mean (*S,), cov (d, d)."""
+def from_moments(mean: Tensor, cov: Tensor, rank: int, sweeps: int = 8) -> GaussianDenoiser:
+    """N(mean, cov), in full for up to DENSE entries, else low rank plus diagonal; mean (*S,), cov (d, d), sweeps as in `factor`."""
     if cov.shape[0] <= DENSE:
         return GaussianDenoiser.from_covariance(mean, cov)
-    return GaussianDenoiser(mean, *factor(cov, rank, floor=1e-6 * float(cov.diagonal().mean().clamp(min=1e-12))))
+    return GaussianDenoiser(mean, *factor(cov, rank, 1e-6 * float(cov.diagonal().mean().clamp(min=1e-12)), sweeps))
 
 
 def _dense_posteriors(prior: GaussianDenoiser, data: Observations) -> tuple[Tensor, Tensor]:
@@ -142,7 +143,7 @@ def em_iteration(prior: GaussianDenoiser, data: Observations, rank: int, generat
     x = torch.cat(points)
     mean = x.mean(0)
     cov = ((x - mean).T @ (x - mean) + spread) / len(x)
-    return from_moments(mean.reshape(prior.mean.shape), cov, rank)
+    return from_moments(mean.reshape(prior.mean.shape), cov, rank, sweeps=2)
 
 
 def fit_gaussian(

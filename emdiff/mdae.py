@@ -50,20 +50,10 @@ class MDAE(Denoiser):
         scale = torch.sqrt((1 - skip).square() + skip * (1 - skip) * self.spread**2)
         return skip * ybar + scale * out.to(ybar.dtype)
 
-    def loss(self, target: Tensor, y: Tensor, sigma: Tensor, weight: Tensor | float = 1.0) -> Tensor:
-        """Mean squared error of xhat in units of the preconditioner's output, one value per datum.
-
-        Args:
-            target: x, or any unbiased stand-in for E[x | y], shape (B, *S).
-            y: Measurements (B, M, *S).
-            sigma: Noise levels as in `measurement.align`.
-            weight: Further weights per entry, broadcastable against target.
-
-        Returns:
-            Shape (B,): the mean over entries of weight (1 + 1/tau^2) (xhat - target)^2; of order 1 at the start for every level.
-        """
+    def loss(self, target: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
+        """The mean over entries of (1 + 1/tau^2) (xhat - target)^2, shape (B,): of order 1 at the start for every level; arguments as in the base."""
         p = pool(y, sigma).precision
-        return (weight * (1 + p) * (self.xhat(y, sigma) - target).square()).flatten(1).mean(1)
+        return ((1 + p) * (self.xhat(y, sigma) - target).square()).flatten(1).mean(1)
 
 
 class ChannelMDAE(Denoiser):
@@ -95,7 +85,3 @@ class ChannelMDAE(Denoiser):
     def xhat(self, y: Tensor, sigma: Tensor) -> Tensor:
         """The precision-weighted mean of the M estimates, shape (B, *S)."""
         return pool(self.nu(y, sigma), sigma).ybar
-
-    def loss(self, target: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
-        """The mean over the M outputs of their squared errors per entry (eq. 19 divided by d), shape (B,)."""
-        return (self.nu(y, sigma) - target[:, None]).square().flatten(1).mean(1)

@@ -31,7 +31,7 @@ def main() -> None:
     rounds = [int(p.parent.name[6:]) for p in sorted(args.run.glob("round_*/metrics.json"))]
     shown = [1, rounds[len(rounds) // 3], rounds[-1]]
     obs = read_observations(args.observations).obs[:16].numpy()
-    figure, axes = plt.subplots(2, 4, figsize=(11, 5.9))
+    figure, axes = plt.subplots(2, 4, figsize=(10, 5.4))
     panels = {(0, 0): ("observations: all that is ever seen", obs)}
     for j, k in enumerate(shown, 1):
         panels[0, j] = (f"E-step {k}: samples x | obs", np.load(args.run / f"round_{k:03d}" / "samples.npy")[:16])
@@ -44,7 +44,7 @@ def main() -> None:
         axis.set_axis_off()
     text = "for k = 1, 2, ...\n\nE-step: walk down the noise levels\nunder prior k-1 and the observation,\njump to a sample x | obs\n\nM-step: retrain the denoiser on\n(measurement, jump) pairs: prior k"
     axes[1, 0].text(0.02, 0.5, text, fontsize=10, va="center", transform=axes[1, 0].transAxes)
-    figure.tight_layout()
+    figure.subplots_adjust(0.01, 0.01, 0.99, 0.94, wspace=0.04, hspace=0.12)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=110)
 
