@@ -16,6 +16,7 @@ from torch import Tensor
 
 from emdiff.em import Draws, PairLoss, Walk, drawn, e_step, over_relaxed
 from emdiff.gaussian import condition, fit_gaussian
+from emdiff.mdae import MDAE
 from emdiff.metrics import prior_figures, sample_figures
 from emdiff.observations import Observations
 from emdiff.prior import Prior, build_network, load_prior, sample_prior, save_prior, set_precision
@@ -23,7 +24,10 @@ from emdiff.runs import Run
 from emdiff.scale import Scale
 from emdiff.start import Choice, first_samples, recorrupt, self_supervised_loss
 from emdiff.streams import stream, stream_seed
-from emdiff.training import train
+from emdiff.training import Trained, train
+
+GAUSSIAN_ITERATIONS = 20
+"""EM iterations of the Gaussian start, where it has no closed form."""
 
 SPREAD = 1.005
 """An iteration over-relaxes if the last samples' std exceeds the data's own, estimated from the observations, by this factor."""
@@ -120,34 +124,39 @@ def start_round(data: Observations, scale: Scale, plan: Plan, run: Run, listener
     torch.manual_seed(stream_seed(plan.seed, "network"))
     denoiser = set_precision(build_network(data.shape, **plan.network), plan.device)
     metrics: dict[str, Any] = {"start": plan.start.kind}
-    direct = data.observer.as_measurement(data.obs)
-    gaussian = None
-    if plan.start.kind == "gaussian" or not bool(direct[1].isfinite().all()):
-        bar = listener.phase("start: Gaussian EM", 20)
-        gaussian = fit_gaussian(data, 20, generator=stream(plan.seed, "gaussian"), progress=bar)
     if plan.start.kind == "self-supervised":
-        z, sigma = direct[0], direct[1].expand(direct[0].shape)
-
-        def loss(denoiser, index: Tensor, draws: torch.Generator) -> Tensor:
-            return self_supervised_loss(denoiser, recorrupt(z[index].to(draws.device), sigma[index].to(draws.device), draws))
-
-        bar = listener.phase("start: self-supervised training", plan.start_steps)
-        seed = stream_seed(plan.seed, "self-supervised")
-        trained = train(denoiser, loss, len(data), plan.start_steps, plan.batch, plan.rate, seed, max(1, len(data) // 10), plan.device, bar)
+        trained = train_start(denoiser, data, plan, listener)
         denoiser = trained.denoiser
         metrics |= {"start_steps": trained.steps, "start_held_out": trained.held_out}
-    draw = stream(plan.seed, "first samples", device=plan.device)
-    bar, parts = listener.phase("start: first samples", len(data)), []
+    gaussian, maps = None, level_maps(data)
+    if plan.start.kind == "gaussian" or (maps is not None and not bool(maps.isfinite().all())):
+        bar = listener.phase("start: Gaussian EM", GAUSSIAN_ITERATIONS)
+        gaussian = fit_gaussian(data, GAUSSIAN_ITERATIONS, generator=stream(plan.seed, "gaussian"), progress=bar).to(plan.device)
+    draw, parts = stream(plan.seed, "first samples", device=plan.device), []
+    bar = listener.phase("start: first samples", len(data))
     for i in range(0, len(data), plan.walk.batch):
         batch = data.rows(slice(i, i + plan.walk.batch)).to(plan.device)
         if plan.start.kind == "gaussian":
-            parts.append(condition(gaussian.to(plan.device), batch.observer, batch.obs, draw).x.cpu())
+            parts.append(condition(gaussian, batch.observer, batch.obs, draw).x.cpu())
         else:
-            parts.append(first_samples(denoiser, gaussian and gaussian.to(plan.device), batch, draw).cpu())
+            parts.append(first_samples(denoiser, gaussian, batch, draw).cpu())
         bar(min(i + plan.walk.batch, len(data)))
     x = torch.cat(parts)
     metrics["bound"] = 2 * float(x.abs().max())
     return x, Prior(denoiser, scale, data.shape, plan.walk.tau_last, plan.network), metrics
+
+
+def train_start(denoiser: MDAE, data: Observations, plan: Plan, listener: Listener) -> Trained:
+    """Train a denoiser on recorrupted observations, a tenth of them held out."""
+    z, sigma = data.observer.as_measurement(data.obs)
+    sigma = sigma.expand(z.shape)
+
+    def loss(denoiser: MDAE, index: Tensor, draws: torch.Generator) -> Tensor:
+        return self_supervised_loss(denoiser, recorrupt(z[index].to(draws.device), sigma[index].to(draws.device), draws))
+
+    bar = listener.phase("start: self-supervised training", plan.start_steps)
+    seed = stream_seed(plan.seed, "self-supervised")
+    return train(denoiser, loss, len(data), plan.start_steps, plan.batch, plan.rate, seed, max(1, len(data) // 10), plan.device, bar)
 
 
 def em_round(k: int, data: Observations, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Tensor, Prior, dict[str, Any]]:
@@ -193,6 +202,8 @@ def over_relaxes(k: int, plan: Plan, sample_std: float, scale: Scale) -> bool:
 
 
 def level_maps(data: Observations) -> Tensor | None:
-    """Levels of the observations as measurements (N, *S) where they differ between entries or data, else None."""
-    _, sigma = data.observer.as_measurement(data.obs)
-    return None if bool((sigma == sigma.flatten()[0]).all()) else sigma.expand(len(data), *data.shape)
+    """Levels (N, *S) of observations that are measurements of x, where these differ between entries or data, else None."""
+    direct = data.observer.as_measurement(data.obs)
+    if direct is None or bool((direct[1] == direct[1].flatten()[0]).all()):
+        return None
+    return direct[1].expand(len(data), *data.shape)

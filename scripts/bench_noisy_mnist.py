@@ -8,8 +8,9 @@
 
 Each fit is the command itself, run in a process of its own, whose wall time and peak memory are reported. Runs are kept in --folder and are not
 repeated. Figures: error of one sample and of the mean of 8 (first 500 observations), per pixel in [0, 1]; residual chi2; std of samples over
-std of truth; Frechet distances to the 60,000 clean training digits in the features of scripts/mnist_features.py, of the posterior samples (one per
-observation) and of 2,000 prior samples; "clipped" after cutting samples to [0, 1], which turns grain about 0 into light specks. The oracle is a prior of the same size, trained on the clean digits behind the observations.
+std of truth; Frechet distances to the 60,000 clean training digits in the features of scripts/mnist_features.py, of the posterior samples (one
+per observation) and of 2,000 prior samples; "clipped" after cutting samples to [0, 1], which turns grain about 0 into light specks. The oracle is
+a prior of the same size, trained for 2,000 steps on the clean digits behind the observations.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ class Bench:
         return self.distance(sample_prior(prior, 200 if self.args.quick else 2000, stream(seed, "bench prior")))
 
     def oracle(self, seed: int) -> dict[str, float]:
-        """The same figures for a prior trained on the clean digits in 2,000 steps."""
+        """The same figures for a prior trained on the clean digits."""
         a = self.args
         file = a.folder / f"{a.observer}-{a.count}-{seed}.npz"
         data, truth = read_observations(file), read_truth(file)

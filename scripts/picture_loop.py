@@ -42,7 +42,9 @@ def main() -> None:
         axes[i, j].set_title(title, fontsize=9)
     for axis in axes.flat:
         axis.set_axis_off()
-    text = "for k = 1, 2, ...\n\nE-step: walk down the noise levels\nunder prior k-1 and the observation,\njump to a sample x | obs\n\nM-step: retrain the denoiser on\n(measurement, jump) pairs: prior k"
+    steps = ["E-step: walk down the noise levels", "under prior k-1 and the observation,", "jump to a sample x | obs", ""]
+    steps += ["M-step: retrain the denoiser on", "(measurement, jump) pairs: prior k"]
+    text = "for k = 1, 2, ...\n\n" + "\n".join(steps)
     axes[1, 0].text(0.02, 0.5, text, fontsize=10, va="center", transform=axes[1, 0].transAxes)
     figure.subplots_adjust(0.01, 0.01, 0.99, 0.94, wspace=0.04, hspace=0.12)
     args.out.parent.mkdir(parents=True, exist_ok=True)

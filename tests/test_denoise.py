@@ -264,7 +264,6 @@ def test_the_loss_of_an_mdae_is_the_weighted_error_and_starts_at_one() -> None:
         loss = mdae.loss(x, y, sigma)
         torch.testing.assert_close(loss, ((1 + tau**-2) * (y[:, 0] / (1 + tau**2) - x).square())[:, 0])
         assert loss.mean().item() == pytest.approx(1, abs=5 * math.sqrt(2 / count))
-        torch.testing.assert_close(mdae.loss(x, y, sigma, torch.full((count, 1), 0.25)), loss / 4)
 
 
 def test_v_of_an_mdae_is_the_jacobian_of_xhat_by_finite_differences() -> None:
