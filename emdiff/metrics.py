@@ -95,22 +95,24 @@ def truth_figures(x: Tensor, truth: Tensor) -> dict[str, float]:
     return {"error": float((x - truth).square().mean()), "std_ratio": float(x.std() / truth.std())}
 
 
-def frechet(features: nn.Module, real: Tensor, fake: Tensor) -> float:
-    """Frechet distance in the space of a feature network; comparable only between distances of the same network.
+class Frechet:
+    """Frechet distances to one set of real images in the space of a feature network; they compare only with one another.
 
     Args:
         features: Images (B, C, H, W) -> (B, features.num_features); the network must be named next to every figure.
-        real: Images (N, C, H, W).
-        fake: Images (n, C, H, W).
-
-    Returns:
-        The distance.
+        real: Images (N, C, H, W); their features are computed once.
     """
-    from torchmetrics.image.fid import FrechetInceptionDistance
 
-    fid = FrechetInceptionDistance(feature=features, normalize=True, input_img_size=tuple(real.shape[1:]))
-    for part in real.split(1000):
-        fid.update(part, real=True)
-    for part in fake.split(1000):
-        fid.update(part, real=False)
-    return float(fid.compute())
+    def __init__(self, features: nn.Module, real: Tensor) -> None:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        self.fid = FrechetInceptionDistance(features, reset_real_features=False, normalize=True, input_img_size=tuple(real.shape[1:]))
+        for part in real.split(1000):
+            self.fid.update(part, real=True)
+
+    def __call__(self, fake: Tensor) -> float:
+        """The distance of images (n, C, H, W), taken as they are."""
+        self.fid.reset()
+        for part in fake.split(1000):
+            self.fid.update(part, real=False)
+        return float(self.fid.compute())

@@ -28,13 +28,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from mnist_features import Features, mnist_features
+from mnist_features import mnist_features
 from torch import Tensor
 
 import emdiff
 from emdiff.commands import run_walk
 from emdiff.em import Draws, PairLoss, Walk, e_step
-from emdiff.metrics import frechet, residual_chi2
+from emdiff.metrics import Frechet, residual_chi2
 from emdiff.observations import Observations, read_observations, read_truth
 from emdiff.prior import Prior, build_network, choose_network, load_prior, sample_prior, save_prior, set_precision
 from emdiff.runs import latest_prior
@@ -66,11 +66,12 @@ class Bench:
             labels = torch.from_numpy(file["train_labels"]).long()
         size = 5000 if args.quick else 60_000
         self.digits = self.digits[:size]
-        self.features: Features = mnist_features(self.digits, labels[:size], args.folder, 1 if args.quick else 3)
+        features = mnist_features(self.digits, labels[:size], args.folder, 1 if args.quick else 3)
+        self.frechet = Frechet(features, self.digits[:, None])
 
     def distance(self, x: Tensor) -> float:
         """Frechet distance of images (n, 28, 28), as they are, to the clean digits."""
-        return frechet(self.features, self.digits[:, None], x[:, None])
+        return self.frechet(x[:, None])
 
     def fit(self, seed: int) -> dict[str, float]:
         """Observe and fit with one seed; returns its figures."""

@@ -13,7 +13,7 @@ from scipy.stats import wasserstein_distance
 from torch import Tensor, nn
 
 from emdiff import metrics
-from emdiff.metrics import frechet, observation_agreement, prior_figures, residual_chi2, sample_figures, sliced_wasserstein, truth_figures
+from emdiff.metrics import Frechet, observation_agreement, prior_figures, residual_chi2, sample_figures, sliced_wasserstein, truth_figures
 from emdiff.observations import Observations
 from observers import Identity
 
@@ -103,5 +103,7 @@ def test_frechet_is_the_closed_form_between_gaussians_of_the_features() -> None:
     a, b = (Identities()(images).numpy() for images in (real, fake))
     C, D = np.cov(a.T), np.cov(b.T)
     expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(C + D - 2 * sqrtm(C @ D).real)
-    assert frechet(Identities(), real, fake) == pytest.approx(expected, rel=1e-5)
-    assert frechet(Identities(), real, real) == pytest.approx(0, abs=1e-6)
+    distance = Frechet(Identities(), real)
+    assert distance(fake) == pytest.approx(expected, rel=1e-5)
+    assert distance(real) == pytest.approx(0, abs=1e-6)
+    assert distance(fake) == pytest.approx(expected, rel=1e-5), "earlier fakes are forgotten"
