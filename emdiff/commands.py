@@ -30,6 +30,9 @@ from emdiff.track import Tracker
 
 Config = dict[str, Any]
 
+BURN_IN = 5
+"""Passes of persistent chains that start at the mean, before the first sample of `emdiff reconstruct` is taken."""
+
 NO_LIMIT = 10**6
 """Iterations: what --relax stands for when it is not set."""
 
@@ -233,12 +236,14 @@ def reconstruct_command(run: Path, data: Observations, samples: int, out: Path, 
     generator = stream(seed, "reconstruct", device=device)
     draws: list[Tensor] = []
     chains = None if math.isinf(walk.tau_first) else prior.scale.standardise(torch.full((len(data), *data.shape), prior.scale.mean))
-    for i in range(samples):
-        bar = tqdm(total=len(data), desc=f"sample {i + 1} of {samples}", leave=False, file=sys.stderr)
+    burn_in = 0 if chains is None else BURN_IN
+    for i in range(-burn_in, samples):
+        name = f"sample {i + 1} of {samples}" if i >= 0 else f"burn-in {i + burn_in + 1} of {burn_in}"
+        bar = tqdm(total=len(data), desc=name, leave=False, file=sys.stderr)
         end = e_step(prior.denoiser, standard, chains, walk, generator, progress=lambda done, bar=bar: bar.update(done - bar.n))
         bar.close()
         chains = None if chains is None else end.y
-        draws.append(prior.scale.restore(end.x))
+        draws += [prior.scale.restore(end.x)] if i >= 0 else []
     stacked = torch.stack(draws, dim=1)
     mean, std = stacked.mean(1), stacked.std(1)
     write_arrays(out, samples=stacked.numpy(), mean=mean.numpy(), std=std.numpy())

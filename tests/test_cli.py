@@ -80,6 +80,9 @@ def test_an_observer_that_mixes_entries_is_fitted_with_cg(observer, capsys):
     assert "gaussian: observer projection mixes" in out and "cg: observer projection mixes" in out
     metrics = json.loads(Path("run/round_002/metrics.json").read_text())
     assert metrics["solver_iterations"] > 0 and 0 <= metrics["solver_residual"] < 1
+    main(["reconstruct", "--run", "run", "--observations", "obs.h5", "--samples", "2", "--out", "r.npz", "--device", "cpu"])
+    with np.load("r.npz") as file:
+        assert file["samples"].shape == (200, 2, 3) and np.isfinite(file["samples"]).all()
 
 
 def test_continuing_equals_an_uninterrupted_run():
