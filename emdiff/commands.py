@@ -23,7 +23,7 @@ from emdiff.metrics import residual_chi2, truth_figures
 from emdiff.observations import Observations, read_observations, read_truth
 from emdiff.prior import choose_network, load_prior, sample_prior
 from emdiff.runs import FREE, Run, fingerprint, latest_prior
-from emdiff.scale import estimate_scale
+from emdiff.scale import Scale, estimate_scale
 from emdiff.start import choose_start
 from emdiff.streams import stream
 from emdiff.track import Tracker
@@ -99,7 +99,7 @@ def fit_command(config: Config) -> None:
     shape = tuple(config["shape"]) if config["shape"] else None
     data = read_observations(path, config["observer"], config["noise_std"], shape, config["uint8_range"])
     scale = estimate_scale(data, stream(config["seed"], "scale"))
-    plan, reasons = make_plan(config, data, device)
+    plan, reasons = make_plan(config, data, scale, device)
     resolved = resolved_config(config, plan)
     out = Path(config["out"]) if config["out"] else Path("runs") / default_name(path, resolved)
     run = Run(out, resolved, path, needed=4 * (plan.iters + 3) * len(data) * math.prod(data.shape))
@@ -117,7 +117,7 @@ def fit_command(config: Config) -> None:
     print(f"next: emdiff sample --run {out} --out samples.npz; emdiff reconstruct --run {out} --observations {path}")
 
 
-def make_plan(config: Config, data: Observations, device: str) -> tuple[Plan, dict[str, str]]:
+def make_plan(config: Config, data: Observations, scale: Scale, device: str) -> tuple[Plan, dict[str, str]]:
     """Fill in what the user left open; returns the plan and the reasons for what was chosen.
 
     Raises:
@@ -131,12 +131,13 @@ def make_plan(config: Config, data: Observations, device: str) -> tuple[Plan, di
     except ValueError as error:
         raise UsageError(str(error)) from error
     tau_first = walk["tau_first"] or (math.inf if guidance == "fused" else 0.8)
-    if not tau_first > walk["tau_last"]:
-        raise UsageError(f"--walk.tau-first {tau_first:g} is not above --walk.tau-last {walk['tau_last']:g}; levels fall from first to last")
+    tau_last = walk["tau_last"] or default_tau_last(data, scale)
+    if not tau_first > tau_last:
+        raise UsageError(f"--walk.tau-first {tau_first:g} is not above --walk.tau-last {tau_last:g}; levels fall from first to last")
     if guidance != "fused" and not math.isfinite(tau_first):
         raise UsageError(f"--walk.tau-first has to be finite with guidance {guidance}; 0.8 is a good value")
     batch = walk["batch"] or (4096 if device == "cuda" else 500)
-    chosen = Walk(**{**walk, "guidance": guidance, "tau_first": tau_first, "batch": batch})
+    chosen = Walk(**{**walk, "guidance": guidance, "tau_first": tau_first, "tau_last": tau_last, "batch": batch})
     relax = config["relax"] if config["relax"] is not None else NO_LIMIT
     steps = train["steps"] or default_steps(len(data), device)
     network = choose_network(data.shape)
@@ -145,6 +146,11 @@ def make_plan(config: Config, data: Observations, device: str) -> tuple[Plan, di
         seed=config["seed"], device=device,
     )  # fmt: skip
     return plan, {"start": start.reason, "guidance": reason}
+
+
+def default_tau_last(data: Observations, scale: Scale) -> float:
+    """0.1, or half the observations' noise where that is finer: the prior has to resolve what the observations do. At least 0.005."""
+    return max(0.005, min(0.1, 0.5 * float(data.observer.noise_std.median()) / scale.std))
 
 
 def default_steps(count: int, device: str) -> int:
@@ -156,7 +162,7 @@ def check_ranges(walk: Config, train: Config, relax: int | None) -> None:
     """Refuse numbers out of range, naming flag, value and range."""
     rules: list[tuple[str, Any, float, float]] = [
         ("--walk.tau-last", walk["tau_last"], 1e-3, 1.0),
-        ("--walk.tau-relax", walk["tau_relax"], walk["tau_last"], 2.0),
+        ("--walk.tau-relax", walk["tau_relax"], walk["tau_last"] or 1e-3, 2.0),
         ("--walk.tau-first", walk["tau_first"], 1e-3, math.inf),
         ("--walk.levels", walk["levels"], 2, 10_000),
         ("--walk.steps", walk["steps"], 0, 10_000),
@@ -191,7 +197,7 @@ def default_name(path: Path, resolved: Config) -> str:
     return f"{path.stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def print_plan(data: Observations, scale: Any, plan: Plan, reasons: dict[str, str], out: Path, finished: int) -> None:
+def print_plan(data: Observations, scale: Scale, plan: Plan, reasons: dict[str, str], out: Path, finished: int) -> None:
     """Say what will be done, and why."""
     std = data.observer.noise_std.float()
     noise = f"{float(std.min()):g}" if std.numel() == 1 else f"{float(std.min()):g} to {float(std.max()):g}"

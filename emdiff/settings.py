@@ -11,7 +11,7 @@ class WalkSettings:
     Args:
         tau_first: Level at which chains re-enter their walk. Unset: with fused guidance every walk starts anew from its observation; with cg
             or gmres 0.8, above which moment matching is poor.
-        tau_last: Level of the last jump: structure finer than this is not resolved.
+        tau_last: Level of the last jump: structure finer than this is not resolved. Unset: 0.1, or half the noise of the observations if finer.
         tau_relax: Level of the last jump in over-relaxed iterations.
         levels: Levels from first to last, one network evaluation each.
         steps: Langevin steps at each level.
@@ -23,7 +23,7 @@ class WalkSettings:
     """
 
     tau_first: Optional[float] = None
-    tau_last: float = 0.1
+    tau_last: Optional[float] = None
     tau_relax: float = 0.25
     levels: int = 32
     steps: int = 0

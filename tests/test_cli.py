@@ -130,6 +130,13 @@ def test_the_resolved_configuration_is_a_config_file(capsys):
     assert "continued after round 1" in capsys.readouterr().out and Path("run/round_002/metrics.json").is_file()
 
 
+def test_fine_observations_are_walked_to_finer_levels():
+    vectors(noise_std=0.02)
+    main(["fit", "--observations", "obs.npz", "--iters", "1", "--out", "run", *SMALL])
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert config["walk"]["tau_last"] == pytest.approx(0.01 / np.load("obs.npz")["obs"].std(), rel=0.05)
+
+
 def test_print_config_round_trips(capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--observations", "obs.npz", "--walk.levels", "7", "--print_config"])
@@ -137,6 +144,16 @@ def test_print_config_round_trips(capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--config", "c.yaml", "--print_config"])
     assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(Path("c.yaml").read_text())
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (Path(__file__).parent.parent / "configs").glob("*.yaml")))
+def test_shipped_configurations_are_valid(name, capsys):
+    path = Path(__file__).parent.parent / "configs" / name
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(path), "--observations", "obs.npz", "--print_config"])
+    shown = yaml.safe_load(capsys.readouterr().out)
+    wanted = yaml.safe_load(path.read_text())
+    assert stop.value.code == 0 and all(shown["walk"][key] == value for key, value in wanted["walk"].items())
 
 
 def test_help_imports_no_torch():
