@@ -37,11 +37,16 @@ def is_image(shape: Sequence[int]) -> bool:
     return len(shape) == 2 or (len(shape) == 3 and shape[0] in (1, 3))
 
 
+GAP = 96
+"""Grey of the lines between images."""
+
+
 def tile(x: np.ndarray, columns: int) -> np.ndarray:
-    """Images (n, H, W) or (n, C, H, W) in rows of `columns`, as one (R H, columns W) or (R H, columns W, 3) array."""
+    """Images (n, H, W) or (n, C, H, W) in rows of `columns`, with lines of NaN between them, as one (R (H + 1), columns (W + 1)[, 3]) array."""
     if x.ndim == 3:
         x = x[:, None]
     x = np.concatenate([x, np.full((-len(x) % columns, *x.shape[1:]), x.min(), x.dtype)])
+    x = np.pad(x, ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=np.nan)
     picture = rearrange(x, "(r k) c h w -> (r h) (k w) c", k=columns)
     return picture[..., 0] if picture.shape[-1] == 1 else picture
 
@@ -53,8 +58,8 @@ def value_range(x: np.ndarray) -> tuple[float, float]:
 
 
 def to_uint8(x: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Map [low, high] to 0..255."""
-    return (np.clip((x - low) / (high - low), 0, 1) * 255).round().astype(np.uint8)
+    """Map [low, high] to 0..255, and NaN to GAP."""
+    return np.nan_to_num(np.clip((x - low) / (high - low), 0, 1) * 255, nan=GAP).round().astype(np.uint8)
 
 
 def save_samples(path: Path, x: Tensor, title: str, columns: int = 8) -> None:

@@ -111,7 +111,20 @@ class Bench:
             "start_error": float((start - truth).square().mean()),
             "start_chi2": float(residual_chi2(data, start).mean()),
             "start_frechet_posterior": self.distance(start),
+            **self.over_rounds(out, truth, rounds),
             "restarted": float(sum(r["restarted"] for r in rounds)),
+        }
+
+    def over_rounds(self, out: Path, truth: Tensor, rounds: list[dict[str, float]]) -> dict[str, float]:
+        """Extremes over the iterations from the third on, and the best Frechet distance of posterior samples among them."""
+        late = [r for r in rounds if r["iter"] > 2] or rounds
+        samples = [torch.from_numpy(np.load(out / f"round_{r['iter']:03d}" / "samples.npy")) for r in late[:: max(1, len(late) // 10)]]
+        return {
+            "chi2_least": min(r["chi2"] for r in late),
+            "chi2_most": max(r["chi2"] for r in late),
+            "std_ratio_least": min(r["sample_std"] for r in late) / float(truth.std()),
+            "std_ratio_most": max(r["sample_std"] for r in late) / float(truth.std()),
+            "frechet_posterior_best": min(self.distance(x) for x in samples),
         }
 
     def earlier(self, out: Path, j: int) -> Prior:

@@ -45,7 +45,7 @@ def main() -> None:
     steps = ["E-step: walk down the noise levels", "under prior k-1 and the observation,", "jump to a sample x | obs", ""]
     steps += ["M-step: retrain the denoiser on", "(measurement, jump) pairs: prior k"]
     text = "for k = 1, 2, ...\n\n" + "\n".join(steps)
-    axes[1, 0].text(0.02, 0.5, text, fontsize=10, va="center", transform=axes[1, 0].transAxes)
+    axes[1, 0].text(0.02, 0.5, text, fontsize=8.5, va="center", transform=axes[1, 0].transAxes)
     figure.subplots_adjust(0.01, 0.01, 0.99, 0.94, wspace=0.04, hspace=0.12)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=110)

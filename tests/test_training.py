@@ -147,9 +147,9 @@ def test_offline_tracking_writes_a_run_and_never_asks(tmp_path, monkeypatch):
 
 
 def test_pictures_have_a_stated_scale():
-    from emdiff.figures import tile, to_uint8, value_range
+    from emdiff.figures import GAP, tile, to_uint8, value_range
 
     x = np.linspace(0, 1, 5 * 4 * 6, dtype="float32").reshape(5, 4, 6)
     picture = to_uint8(tile(x, 3), *value_range(x))
-    assert picture.shape == (8, 18) and picture.max() == 255 and picture[0, 0] == 0
-    assert value_range(x * 1e5)[1] > 9e4 and tile(np.zeros((2, 3, 4, 4)), 2).shape == (4, 8, 3)
+    assert picture.shape == (10, 21) and picture.max() == 255 and picture[0, 0] == 0 and picture[4, 0] == picture[0, 6] == GAP
+    assert value_range(x * 1e5)[1] > 9e4 and tile(np.zeros((2, 3, 4, 4)), 2).shape == (5, 10, 3)
