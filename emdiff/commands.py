@@ -18,7 +18,7 @@ from emdiff.em import Walk, choose_guidance, e_step
 from emdiff.errors import UsageError
 from emdiff.figures import save_progress, save_rows, save_samples
 from emdiff.files import write_arrays
-from emdiff.fit import Plan, run_fit
+from emdiff.fit import Plan, level_maps, run_fit
 from emdiff.metrics import residual_chi2, truth_figures
 from emdiff.observations import Observations, read_observations, read_truth
 from emdiff.prior import choose_network, load_prior, sample_prior
@@ -140,7 +140,7 @@ def make_plan(config: Config, data: Observations, scale: Scale, device: str) -> 
     chosen = Walk(**{**walk, "guidance": guidance, "tau_first": tau_first, "tau_last": tau_last, "batch": batch})
     relax = config["relax"] if config["relax"] is not None else NO_LIMIT
     steps = train["steps"] or default_steps(len(data), device)
-    network = choose_network(data.shape)
+    network = choose_network(data.shape, guidance == "fused" and level_maps(data) is not None)
     plan = Plan(
         config["iters"], start, chosen, network, train["start_steps"], steps, train["batch"], train["rate"], relax,
         seed=config["seed"], device=device,

@@ -35,47 +35,23 @@ def level_features(c: Tensor) -> Tensor:
 class ResBlock(nn.Module):
     """h + W2 silu((1 + a(c)) W1 silu(h) + b(c)), with W2 = 0 at the start, so that a new block is the identity."""
 
-    def __init__(self, width: int, embed: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.film = nn.Conv2d(embed, 2 * width, 1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
-
-    def forward(self, h: Tensor, e: Tensor) -> Tensor:
-        """h (B, width, H, W), e (B or 1, embed, H or 1, W or 1) -> (B, width, H, W)."""
-        a, b = self.film(e).chunk(2, dim=1)
-        return h + self.conv2(F.silu((1 + a) * self.conv1(F.silu(h)) + b))
-
-
-class UNet(nn.Module):
-    """A small U-Net on pixel-unshuffled images of any size and number of channels.
-
-    Args:
-        shape: Shape S of a datum: (H, W) or (C, H, W).
-        widths: Channels at each resolution, the finest first; each further one halves height and width.
-        patch: Side of the pixel blocks folded into channels at the input; 1 folds nothing.
-        blocks: Residual blocks at each resolution, on the way down and on the way up.
-        embed: Width of the embedding of the noise coordinate.
-
-    Raises:
-        ValueError: if shape has not two or three axes.
-
-    >>> net = UNet((1, 17, 23), widths=(8, 16))
-    >>> net(torch.randn(2, 1, 17, 23), torch.ones(2, 1, 1, 1)).shape
-    torch.Size([2, 1, 17, 23])
-    """
-
-    def __init__(self, shape: tuple[int, ...], widths: tuple[int, ...] = (32, 64), patch: int = 2, blocks: int = 1, embed: int = 16):
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        widths: tuple[int, ...] = (32, 64),
+        patch: int = 2,
+        blocks: int = 1,
+        embed: int = 16,
+        maps: bool = False,
+    ) -> None:
         super().__init__()
         if len(shape) not in (2, 3):
             raise ValueError(f"a U-Net takes data of shape (H, W) or (C, H, W), not {tuple(shape)}; use the MLP")
-        self.shape, self.patch = tuple(shape), patch
+        self.shape, self.patch, self.maps = tuple(shape), patch, maps
         channels = 1 if len(shape) == 2 else shape[0]
         folded = channels * patch**2
         self.embed = nn.Sequential(nn.Conv2d(2, embed, 1), nn.SiLU(), nn.Conv2d(embed, embed, 1), nn.SiLU())
-        self.stem = nn.Conv2d(folded, widths[0], 3, padding=1)
+        self.stem = nn.Conv2d(folded + 2 * maps * patch**2, widths[0], 3, padding=1)
         stage = lambda w: nn.ModuleList(ResBlock(w, embed) for _ in range(blocks))  # noqa: E731
         self.down = nn.ModuleList(stage(w) for w in widths)
         self.shrink = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:]))
@@ -90,8 +66,10 @@ class UNet(nn.Module):
         """z (B, *S), c (B or 1, *S or ones) -> (B, *S)."""
         B, (H, W) = z.shape[0], self.shape[-2:]
         pad = (0, -W % self.patch, 0, -H % self.patch)
-        h = F.pad(z.reshape(B, -1, H, W), pad).contiguous(memory_format=torch.channels_last)
-        h = self.stem(F.pixel_unshuffle(h, self.patch))
+        h = F.pad(z.reshape(B, -1, H, W), pad)
+        if self.maps:
+            h = torch.cat([h, F.pad(self._level_map(c, B), pad, mode="replicate")], dim=1)
+        h = self.stem(F.pixel_unshuffle(h.contiguous(memory_format=torch.channels_last), self.patch))
         e = self._embedding(c, pad)
         skips, embeds = [], []
         for i, stage in enumerate(self.down):
@@ -108,6 +86,11 @@ class UNet(nn.Module):
                 h = block(h, embeds[-2 - i])
         h = F.pixel_shuffle(self.head(F.silu(h)), self.patch)
         return h[..., :H, :W].reshape(z.shape)
+
+    def _level_map(self, c: Tensor, batch: int) -> Tensor:
+        """The features of c at every pixel, shape (batch, 2, H, W); channels of one datum share the mean of their levels."""
+        c = c.reshape(c.shape[0], -1, c.shape[-2], c.shape[-1]).mean(1, keepdim=True)
+        return level_features(c).expand(batch, -1, *self.shape[-2:])
 
     def _embedding(self, c: Tensor, pad: tuple[int, ...]) -> Tensor:
         """Embed c at the resolution of the stem: one vector where c is constant over the image, a map where it is not."""

@@ -49,11 +49,12 @@ class Prior(NamedTuple):
     network: dict[str, Any]
 
 
-def choose_network(shape: tuple[int, ...]) -> dict[str, Any]:
+def choose_network(shape: tuple[int, ...], maps: bool = False) -> dict[str, Any]:
     """A network for data of this shape: a U-Net for images of at least 8 x 8 with at most 16 channels, else an MLP.
 
     Args:
         shape: S.
+        maps: Whether noise levels differ between the entries of a datum.
 
     Returns:
         Arguments for `build_network`; about 0.6 million parameters for a U-Net.
@@ -61,7 +62,7 @@ def choose_network(shape: tuple[int, ...]) -> dict[str, Any]:
     side = min(shape[-2:]) if len(shape) in (2, 3) else 0
     if side < 8 or (len(shape) == 3 and shape[0] > 16):
         return {"kind": "mlp", "width": 128, "blocks": 3}
-    return {"kind": "unet", "widths": [32, 64, 128] + [128] * (side >= 64), "patch": 2 if side >= 16 else 1}
+    return {"kind": "unet", "widths": [32, 64, 128] + [128] * (side >= 64), "patch": 2 if side >= 16 else 1, "maps": maps}
 
 
 def build_network(shape: tuple[int, ...], kind: str, **options: Any) -> MDAE:

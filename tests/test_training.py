@@ -118,6 +118,21 @@ def test_a_network_is_chosen_for_every_shape(shape, kind):
     assert network["kind"] == kind and denoiser.xhat(torch.zeros(2, 1, *shape), torch.ones(1)).shape == (2, *shape)
 
 
+def test_a_network_with_maps_tells_which_entry_of_a_block_was_measured():
+    """Half of each 2 x 2 block is measured: moving the measured half must move the estimate, unless c is only seen averaged."""
+    z = torch.randn(1, 8, 8, generator=stream(0, "z"))
+    left = torch.zeros(1, 8, 8)
+    left[..., ::2] = 1.0
+    seen = {}
+    for maps in (False, True):
+        net = build_network((8, 8), kind="unet", widths=[4, 8], patch=2, maps=maps).backbone
+        for p in net.parameters():
+            torch.nn.init.normal_(p, std=0.3, generator=stream(0, "weights"))
+        seen[maps] = (net(z, left) - net(z, 1 - left)).abs().max().item()
+        assert torch.allclose(net(z, torch.full((1, 8, 8), 0.7)), net(z, torch.full((1, 1, 1), 0.7)), atol=1e-5)
+    assert seen[False] < 1e-5 and seen[True] > 1e-2
+
+
 def test_the_m_step_learns_the_posterior_mean_of_a_gaussian():
     """x ~ N(0, 1) in 2-D: pairs from complete samples give xhat = y / (1 + tau^2) at every level."""
     x = torch.randn(4000, 2, generator=stream(0, "x"))
