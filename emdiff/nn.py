@@ -35,6 +35,40 @@ def level_features(c: Tensor) -> Tensor:
 class ResBlock(nn.Module):
     """h + W2 silu((1 + a(c)) W1 silu(h) + b(c)), with W2 = 0 at the start, so that a new block is the identity."""
 
+    def __init__(self, width: int, embed: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.film = nn.Conv2d(embed, 2 * width, 1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, h: Tensor, e: Tensor) -> Tensor:
+        """h (B, width, H, W), e (B or 1, embed, H or 1, W or 1) -> (B, width, H, W)."""
+        a, b = self.film(e).chunk(2, dim=1)
+        return h + self.conv2(F.silu((1 + a) * self.conv1(F.silu(h)) + b))
+
+
+class UNet(nn.Module):
+    """A small U-Net on pixel-unshuffled images of any size and number of channels.
+
+    Args:
+        shape: Shape S of a datum: (H, W) or (C, H, W).
+        widths: Channels at each resolution, the finest first; each further one halves height and width.
+        patch: Side of the pixel blocks folded into channels at the input; 1 folds nothing.
+        blocks: Residual blocks at each resolution, on the way down and on the way up.
+        embed: Width of the embedding of the noise coordinate.
+        maps: Show the network c entry by entry, next to z; needed where levels differ between entries, since the embedding averages c over
+            each block of pixels.
+
+    Raises:
+        ValueError: if shape has not two or three axes.
+
+    >>> net = UNet((1, 17, 23), widths=(8, 16))
+    >>> net(torch.randn(2, 1, 17, 23), torch.ones(2, 1, 1, 1)).shape
+    torch.Size([2, 1, 17, 23])
+    """
+
     def __init__(
         self,
         shape: tuple[int, ...],
