@@ -138,7 +138,7 @@ def make_plan(config: Config, data: Observations, scale: Scale, device: str) -> 
         raise UsageError(f"--walk.tau-first has to be finite with guidance {guidance}; 0.8 is a good value")
     batch = walk["batch"] or (4096 if device == "cuda" else 500)
     chosen = Walk(**{**walk, "guidance": guidance, "tau_first": tau_first, "tau_last": tau_last, "batch": batch})
-    relax = config["relax"] if config["relax"] is not None else NO_LIMIT
+    relax = config["relax"] if config["relax"] is not None else default_relax(data, scale, walk["tau_relax"])
     steps = train["steps"] or default_steps(len(data), device)
     network = choose_network(data.shape, guidance == "fused" and level_maps(data) is not None)
     plan = Plan(
@@ -151,6 +151,11 @@ def make_plan(config: Config, data: Observations, scale: Scale, device: str) -> 
 def default_tau_last(data: Observations, scale: Scale) -> float:
     """0.1, or half the observations' noise where that is finer: the prior has to resolve what the observations do. At least 0.005."""
     return max(0.005, min(0.1, 0.5 * float(data.observer.noise_std.median()) / scale.std))
+
+
+def default_relax(data: Observations, scale: Scale, tau_relax: float) -> int:
+    """No limit where the noise hides what over-relaxation removes, directions of variance below tau_relax^2; none where it does not."""
+    return NO_LIMIT if float(data.observer.noise_std.median()) / scale.std > 4 * tau_relax else 0
 
 
 def default_steps(count: int, device: str) -> int:
@@ -212,7 +217,8 @@ def print_plan(data: Observations, scale: Scale, plan: Plan, reasons: dict[str, 
     )
     print(f"prior         {plan.network['kind']}, {plan.steps} steps of {plan.batch} per M-step, on {plan.device}")
     limit = "" if plan.relax == NO_LIMIT else f", up to iteration {plan.relax}"
-    print(f"iterations    {plan.iters}; over-relaxed where the samples spread more than the data do{limit}")
+    relaxed = f"over-relaxed where the samples spread more than the data do{limit}" if plan.relax else "exact"
+    print(f"iterations    {plan.iters}; {relaxed}")
     print(f"run folder    {out}" + (f", continued after round {finished}" if finished >= 0 else ""), flush=True)
 
 

@@ -41,7 +41,8 @@ class Plan(NamedTuple):
         start: The start, decided.
         walk: The E-step.
         network: Arguments of `build_network`.
-        start_steps: Most training steps of the self-supervised start; those of the first M-step after a Gaussian one, which trained no network.
+        start_steps: Most training steps of the self-supervised start; those of the first M-step after a Gaussian one, which trained no
+            network, or with levels per entry, most of which the start has not seen.
         steps: Training steps of an M-step.
         batch: Data per training step.
         rate: Learning rate.
@@ -178,8 +179,9 @@ def em_round(k: int, data: Observations, scale: Scale, plan: Plan, run: Run, lis
     seconds_e, clock = time.perf_counter() - clock, time.perf_counter()
     run.save_array(k, "chains", chains)
     pairs = drawn(draws)
-    loss = PairLoss(pairs, plan.walk.tau_last, level_maps(data) if plan.walk.guidance == "fused" else None)
-    steps = plan.start_steps if k == 1 and plan.start.kind == "gaussian" else plan.steps
+    maps = level_maps(data) if plan.walk.guidance == "fused" else None
+    loss = PairLoss(pairs, plan.walk.tau_last, maps)
+    steps = plan.start_steps if k == 1 and (plan.start.kind == "gaussian" or maps is not None) else plan.steps
     bar = listener.phase(f"round {k}: M-step", steps)
     seed = stream_seed(plan.seed, "m-step", k)
     trained = train(prior.denoiser, loss, len(pairs.x), steps, plan.batch, plan.rate, seed, device=plan.device, progress=bar)
