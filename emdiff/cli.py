@@ -75,7 +75,7 @@ def fit(
         guidance: How observations guide walks; auto says which it took and why.
         relax: Last iteration that may over-relax (coarse jumps, re-noised: fast but biased), which happens only where the last samples spread more
             than the data, as estimated from the observations. 0: exact iterations only. Unset: no limit where the
-            noise exceeds 4 tau_relax, else 0.
+            noise exceeds 2 tau_relax, else 0.
         observer: Name of the observer, if the file does not hold it or holds another.
         noise_std: Noise level in the units of the observations, likewise.
         shape: Shape of x, likewise.

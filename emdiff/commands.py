@@ -155,7 +155,7 @@ def default_tau_last(data: Observations, scale: Scale) -> float:
 
 def default_relax(data: Observations, scale: Scale, tau_relax: float) -> int:
     """No limit where the noise hides what over-relaxation removes, directions of variance below tau_relax^2; none where it does not."""
-    return NO_LIMIT if float(data.observer.noise_std.median()) / scale.std > 4 * tau_relax else 0
+    return NO_LIMIT if float(data.observer.noise_std.median()) / scale.std > 2 * tau_relax else 0
 
 
 def default_steps(count: int, device: str) -> int:

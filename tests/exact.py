@@ -30,6 +30,14 @@ def uniform(*shape: int, seed: int = 0) -> Tensor:
     return torch.empty(shape, dtype=torch.float64).uniform_(generator=torch.Generator().manual_seed(seed))
 
 
+def with_infinite() -> Tensor:
+    """Levels per datum, measurement and entry (4, M, 2, 3); some infinite, and entry (0, 2) of datum 1 never measured."""
+    sigma = 0.3 + uniform(4, M, 2, 3)
+    sigma[uniform(4, M, 2, 3, seed=1) < 0.3] = math.inf
+    sigma[1, :, 0, 2] = math.inf
+    return sigma
+
+
 def covariance(d: int, seed: int = 0) -> Tensor:
     """A covariance (d, d) with eigenvalues from about .1 to several."""
     W = normal(d, d, seed=seed)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from exact import LEVELS, SIGMA, Autograd, M, covariance, matrix, measurements, mixture_posterior, normal, posterior, uniform
+from exact import LEVELS, SIGMA, Autograd, M, covariance, matrix, measurements, mixture_posterior, normal, posterior, uniform, with_infinite
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
@@ -17,14 +17,6 @@ from emdiff.measurement import effective, pool
 from emdiff.nn import MLP, UNet
 
 B, S, d = 4, (2, 3), 6
-
-
-def with_infinite() -> Tensor:
-    """Levels (B, M, *S), some infinite; entry (0, 2) of datum 1 is never measured."""
-    sigma = 0.3 + uniform(B, M, *S)
-    sigma[uniform(B, M, *S, seed=1) < 0.3] = math.inf
-    sigma[1, :, 0, 2] = math.inf
-    return sigma
 
 
 KINDS = {

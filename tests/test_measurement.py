@@ -6,20 +6,12 @@ import math
 
 import pytest
 import torch
-from exact import LEVELS, SIGMA, M, normal, uniform
+from exact import LEVELS, SIGMA, M, normal, uniform, with_infinite
 from torch import Tensor
 
 from emdiff.measurement import align, effective, log_likelihood, measure, pool
 
 B, S = 4, (2, 3)
-
-
-def with_infinite() -> Tensor:
-    """Levels per datum, measurement and entry; some infinite, and one entry of one datum never measured."""
-    sigma = 0.3 + uniform(B, M, *S)
-    sigma[uniform(B, M, *S, seed=1) < 0.3] = math.inf
-    sigma[1, :, 0, 2] = math.inf
-    return sigma
 
 
 KINDS = {
