@@ -231,7 +231,7 @@ class PairLoss:
     """The M-step's loss: regress the jumps on measurements of every level from tau_last up.
 
     Levels are log-normal about exp(centre) with a log-std of 1.3, stratified over the batch and cut to [tau_last, TAU_FIRST]. Where
-    observations are fused with levels per entry, half of the inputs have the level map that fusion with some datum's observation
+    observations are fused with levels per entry, four in five inputs have the level map that fusion with some datum's observation
     makes of their level, so that the prior knows the maps it will be walked with.
 
     Args:
@@ -266,10 +266,10 @@ class PairLoss:
         return log_tau.exp().clamp(self.tau_last, TAU_FIRST)
 
     def _fused(self, tau: Tensor, generator: torch.Generator) -> Tensor:
-        """Fuse half of the levels with those of randomly chosen observations, an eighth being that observation alone; none falls below the draws'."""
+        """Fuse four in five levels with those of randomly chosen observations, a fifth of all being that observation alone; none falls below the draws'."""
         draw = lambda: torch.rand(tau.shape, generator=generator, device=generator.device)  # noqa: E731
         rows = torch.randint(len(self.sigma_z), (len(tau),), generator=generator, device=generator.device)
         sigma = self.sigma_z[rows.to(self.sigma_z.device)].to(generator.device)
         alone = torch.where(draw() < 0.25, math.inf, tau)
         fused = (alone**-2 + sigma**-2).rsqrt().clamp(min=max(self.draws.tau, 1e-3))
-        return torch.where(draw() < 0.5, fused, tau)
+        return torch.where(draw() < 0.8, fused, tau)

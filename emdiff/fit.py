@@ -129,8 +129,8 @@ def start_round(data: Observations, scale: Scale, plan: Plan, run: Run, listener
         trained = train_start(denoiser, data, plan, listener)
         denoiser = trained.denoiser
         metrics |= {"start_steps": trained.steps, "start_held_out": trained.held_out}
-    gaussian, maps = None, level_maps(data)
-    if plan.start.kind == "gaussian" or (maps is not None and not bool(maps.isfinite().all())):
+    gaussian = None
+    if plan.start.kind == "gaussian":
         bar = listener.phase("start: Gaussian EM", GAUSSIAN_ITERATIONS)
         gaussian = fit_gaussian(data, GAUSSIAN_ITERATIONS, generator=stream(plan.seed, "gaussian"), progress=bar).to(plan.device)
     draw, parts = stream(plan.seed, "first samples", device=plan.device), []
@@ -140,7 +140,7 @@ def start_round(data: Observations, scale: Scale, plan: Plan, run: Run, listener
         if plan.start.kind == "gaussian":
             parts.append(condition(gaussian, batch.observer, batch.obs, draw).x.cpu())
         else:
-            parts.append(first_samples(denoiser, gaussian, batch, draw).cpu())
+            parts.append(first_samples(denoiser, batch, draw).cpu())
         bar(min(i + plan.walk.batch, len(data)))
     x = torch.cat(parts)
     metrics["bound"] = 2 * float(x.abs().max())

@@ -4,7 +4,12 @@ MDAE (pooled): the network sees ybar alone, which loses nothing (measurement), c
 level, maps of levels included. With precision p = 1/tau^2 and data standardised to variance 1 (preconditioning after Elucidating the
 Design Space of Diffusion-Based Generative Models, Karras et al. 2022, Table 1, entry by entry):
 
-    xhat = k ybar + ((1-k)^2 + k (1-k) spread^2)^(1/2) F(sqrt(p/(1+p)) ybar, c),      k = spread^2 p / (1 + spread^2 p),      c = log(1 + p)/2
+    xhat = k ybar + ((1-k)^2 + k (1-k) spread^2)^(1/2) F(z, c),      k = spread^2 p / (1 + spread^2 p),      c = log(1 + p)/2
+    z = w ybar / mean(w)^(1/2),      w = p/(1+p),  the mean over the entries of the datum
+
+z has variance 1 on average over a datum; where all its levels are equal it is sqrt(p/(1+p)) ybar, Karras's. Where they differ, entries count by their Wiener
+gain w: with sqrt(p/(1+p)) entry by entry, those measured coarsely would enter as unit noise that a convolution mixes with the others before any
+non-linearity could tell them apart (docs/method.md, Levels per entry).
 
 spread = 1 is the paper's choice, with k = p/(1+p) and (1+p)^(-1/2) before F. A smaller spread, the std of an entry given its surroundings rather than
 its marginal std, passes less noise for F to cancel at coarse levels (docs/method.md, The start).
@@ -43,7 +48,7 @@ class MDAE(Denoiser):
     def xhat(self, y: Tensor, sigma: Tensor) -> Tensor:
         """E[x | y], shape (B, *S); y (B, M, *S)."""
         ybar, p = pool(y, sigma)
-        z, c = torch.sqrt(p / (1 + p)) * ybar, torch.log1p(p) / 2
+        z, c = wiener_share(p) * ybar, torch.log1p(p) / 2
         with torch.autocast(ybar.device.type, torch.bfloat16, enabled=self.bf16):
             out = self.backbone(z, c)
         skip = self.spread**2 * p / (1 + self.spread**2 * p)
@@ -54,6 +59,12 @@ class MDAE(Denoiser):
         """The mean over entries of (1 + 1/tau^2) (xhat - target)^2, shape (B,): of order 1 at the start for every level; arguments as in the base."""
         p = pool(y, sigma).precision
         return ((1 + p) * (self.xhat(y, sigma) - target).square()).flatten(1).mean(1)
+
+
+def wiener_share(p: Tensor) -> Tensor:
+    """w / mean(w)^(1/2) with w = p/(1+p), the mean over a datum: what brings ybar of precision p (B or 1, *S or ones) to variance 1 on average."""
+    w = p / (1 + p)
+    return w * w.mean(tuple(range(1, w.ndim)), keepdim=True).clamp(min=1e-12).rsqrt()
 
 
 class ChannelMDAE(Denoiser):

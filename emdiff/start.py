@@ -8,8 +8,9 @@ recorrupted with a factor a of its own (Recorrupted-to-recorrupted, Pang et al. 
 Input and target have independent noise, so the least-squares estimator is E[x | input], as if the clean x had been the target. a = infinity
 hides an entry from the input and leaves z itself as the target: splitting (Noise2Void, Krull et al. 2019; SSDU, Yaman et al. 2020) is the same
 objective. Weights are the inverse variance of the target, sigma_z^2 (1 + 1/a^2) + 1/2. Held-out observations end the training.
-First samples: xhat(z) + V^(1/2) xi, V = sigma_z^2 d xhat / d z, by Lanczos, where every entry was observed; where some were not, V of these has
-no such form, and the Gaussian start's posterior deviation is added to xhat(z) instead.
+First samples: xhat(z) + V^(1/2) xi, V = sigma_z^2 d xhat / d z, by Lanczos, where every entry was observed. Where some were not, V of these has no such
+form, and xhat(z) itself is taken: the first M-step then is over-relaxed (em), which the iterations after it mend, while the deviations of a
+Gaussian, whose white part tells unseen entries nothing of their neighbours, were seen to cost more than they gave (docs/method.md).
 
 gaussian, for any observer: exact samples of N(mean, S) given obs (gaussian).
 """
@@ -22,8 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from emdiff.denoise import Denoiser, GaussianDenoiser
-from emdiff.gaussian import condition
+from emdiff.denoise import Denoiser
 from emdiff.linalg import lanczos_sqrt
 from emdiff.observations import Observations
 
@@ -100,8 +100,8 @@ def recorrupt(z: Tensor, sigma_z: Tensor, generator: torch.Generator | None = No
         z: Observations as measurements (B, *S), finite.
         sigma_z: Their levels (B or 1, *S or ones), infinite where not observed.
         generator: Source of randomness.
-        a_range: Range of the factor a, drawn log-uniformly per datum. Where entries are missing, the visible ones take the least
-            a and a share of them, uniform in [0, 1] per datum, is hidden.
+        a_range: Range of the factor a, drawn log-uniformly per datum. Where entries are missing, a share of the observed ones, uniform in
+            [0, 1] per datum, is hidden as well.
 
     Returns:
         Recorrupted(y, sigma, target, weight).
@@ -109,10 +109,9 @@ def recorrupt(z: Tensor, sigma_z: Tensor, generator: torch.Generator | None = No
     draw = lambda *shape: torch.rand(*shape, generator=generator, dtype=z.dtype, device=z.device)  # noqa: E731
     ones = [1] * (z.ndim - 1)
     observed = sigma_z.isfinite()
-    if bool(observed.all()):
-        a = a_range[0] * (a_range[1] / a_range[0]) ** draw(len(z), *ones)
-    else:
-        a = torch.where(draw(*z.shape) < draw(len(z), *ones), math.inf, a_range[0])
+    a = a_range[0] * (a_range[1] / a_range[0]) ** draw(len(z), *ones)
+    if not bool(observed.all()):
+        a = torch.where(draw(*z.shape) < draw(len(z), *ones), math.inf, a)
     s = torch.where(observed, sigma_z, 0.0)
     w = s * torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
     hidden = a.isinf() | ~observed
@@ -128,12 +127,11 @@ def self_supervised_loss(denoiser: Denoiser, batch: Recorrupted) -> Tensor:
     return error.sum() / batch.weight.expand(error.shape).gt(0).sum().clamp(min=1)
 
 
-def first_samples(denoiser: Denoiser, gaussian: GaussianDenoiser | None, data: Observations, generator: torch.Generator | None = None) -> Tensor:
-    """Samples of x | obs from the self-supervised estimator.
+def first_samples(denoiser: Denoiser, data: Observations, generator: torch.Generator | None = None) -> Tensor:
+    """Samples of x | obs from the self-supervised estimator; where entries are missing, the estimate itself.
 
     Args:
         denoiser: Trained on recorrupted observations.
-        gaussian: The Gaussian start, needed where entries are missing.
         data: A batch of observations, each a measurement of x.
         generator: Source of randomness.
 
@@ -141,10 +139,8 @@ def first_samples(denoiser: Denoiser, gaussian: GaussianDenoiser | None, data: O
         Samples (B, *S).
     """
     z, sigma_z = data.observer.as_measurement(data.obs)
-    if bool(sigma_z.isfinite().all()):
-        xhat, V = denoiser.moments(z[:, None], sigma_z[:, None])
-        return xhat + lanczos_sqrt(V, torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device), LANCZOS)
-    with torch.no_grad():
-        xhat = denoiser.xhat(z[:, None], sigma_z[:, None])
-    draws = condition(gaussian, data.observer, data.obs, generator)
-    return xhat + draws.x - draws.xhat
+    if not bool(sigma_z.isfinite().all()):
+        with torch.no_grad():
+            return denoiser.xhat(z[:, None], sigma_z[:, None])
+    xhat, V = denoiser.moments(z[:, None], sigma_z[:, None])
+    return xhat + lanczos_sqrt(V, torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device), LANCZOS)

@@ -233,13 +233,17 @@ class Recorder(nn.Module):
 
 @pytest.mark.parametrize("spread", [1.0, 0.4])
 def test_the_backbone_sees_unit_variance_and_its_target_has_unit_variance(spread: float) -> None:
-    """Of x ~ N(0, 1): E z^2 = 1, and F = (x - skip ybar) / scale with E F^2 = 1; checked as quadratic forms in x and ybar - x."""
+    """Of x ~ N(0, 1): E z^2 = 1 on average over a datum, and F = (x - skip ybar) / scale with E F^2 = 1; checked as quadratic forms in x and ybar - x."""
     sigma = levels_of(S)
     y = normal(B, M, *S)
     ybar, p = pool(y, sigma)
     net = Recorder(torch.ones(B, *S, dtype=torch.float64))
     out = MDAE(net, spread=spread).xhat(y, sigma)
-    torch.testing.assert_close(net.z * (1 + 1 / p.where(p > 0, 1.0)).sqrt(), ybar)
+    gain = torch.where(p > 0, net.z / ybar.where(p > 0, 1.0), 0.0)
+    measured = (p > 0).flatten(1).any(1).double()
+    torch.testing.assert_close((gain.square() * (1 + 1 / p.where(p > 0, 1.0))).flatten(1).mean(1), measured)
+    wiener = (p / (1 + p)).expand(gain.shape).flatten(1)
+    torch.testing.assert_close(gain.flatten(1) * wiener[:, :1], gain.flatten(1)[:, :1] * wiener)
     torch.testing.assert_close(net.c.expand(B, *S), -torch.log(torch.sqrt(1 / (1 + p))))
     net.out = torch.zeros(B, *S, dtype=torch.float64)
     skip = torch.where(p > 0, MDAE(net, spread=spread).xhat(y, sigma) / torch.where(p > 0, ybar, 1.0), 0.0)

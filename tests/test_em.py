@@ -327,7 +327,7 @@ def test_maps_of_levels_are_fusions_with_observations_and_never_finer_than_the_w
     sigma, y = net.sigma[:, 0].double(), net.y[:, 0]
     assert sigma.min() >= tau and y.isfinite().all() and (y[sigma.isinf()] == 0).all()
     maps = sigma[:, 0] != sigma[:, 1]
-    for share, expected in ((maps, 0.5), (maps & sigma.isinf().any(1), 0.0625)):
+    for share, expected in ((maps, 0.8), (maps & sigma.isinf().any(1), 0.1)):
         assert share.double().mean().item() == pytest.approx(expected, abs=5 * math.sqrt(expected / count))
     finest = sigma[:, 0] < tau * 1.001
     first, second = sigma[maps & ~finest], sigma[maps & finest]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from exact import SIGMA, UnitNoise, covariance, dense, noise_variance, normal, observer, posterior, uniform
@@ -12,7 +13,7 @@ from torch import Tensor
 from emdiff.denoise import GaussianDenoiser
 from emdiff.observations import Observations
 from emdiff.start import choose_start, first_samples, recorrupt, self_supervised_loss
-from observers import Identity, Mask, Projection
+from observers import Identity, Mask, Observer, Projection
 
 S, d = (2, 3), 6
 
@@ -69,8 +70,9 @@ def test_hidden_entries_are_targets_as_they_are_and_tell_the_input_nothing() -> 
     hidden = seen & ~into
     torch.testing.assert_close(batch.target[hidden], z[hidden])
     torch.testing.assert_close(batch.weight[hidden], 1 / (sigma[hidden].square() + 0.5))
-    torch.testing.assert_close(batch.sigma[:, 0][into], sigma[into] * math.sqrt(1 + 0.15**2))
-    torch.testing.assert_close((batch.y[:, 0] - z)[into], 0.15**2 * (z - batch.target)[into])
+    a2 = (batch.sigma[:, 0] / sigma).square() - 1
+    assert a2[into].min() == pytest.approx(0.15**2, rel=0.05) and a2[into].max() == pytest.approx(36, rel=0.05)
+    torch.testing.assert_close((batch.y[:, 0] - z)[into], (a2 * (z - batch.target))[into])
     share = hidden.flatten(1).sum(1) / seen.flatten(1).sum(1).clamp(min=1)
     assert share.mean().item() == pytest.approx(0.5, abs=0.02) and share.min() == 0 and share.max() == 1
 
@@ -94,14 +96,14 @@ def test_the_minimiser_on_a_gaussian_is_the_bayes_estimator_of_the_clean_x() -> 
 
 
 def test_the_minimiser_with_hidden_entries_predicts_them_from_the_rest() -> None:
-    """Entry 1 hidden, entry 0 visible: E[x_1 | input_0] = S_10 / (S_00 + sigma^2 (1 + a^2)) input_0."""
+    """Entry 1 hidden, entry 0 visible with one a: E[x_1 | input_0] = S_10 / (S_00 + sigma^2 (1 + a^2)) input_0."""
     count, a = 100_000, 0.6
     S2 = torch.tensor([[1.0, 0.6], [0.6, 0.8]], dtype=torch.float64)
     x = normal(count, 2) @ torch.linalg.cholesky(S2).T
     seen = uniform(count, 2, seed=3) < 0.7
     sigma = torch.where(seen, torch.tensor(SIGMA, dtype=torch.float64), math.inf)
     z = torch.where(seen, x + SIGMA * normal(count, 2, seed=1), 0.0)
-    batch = recorrupt(z, sigma, generator(), (a, 6.0))
+    batch = recorrupt(z, sigma, generator(), (a, a))
     rows = seen[:, 1] & batch.sigma[:, 0, 1].isinf() & batch.sigma[:, 0, 0].isfinite()
     slope = regression(batch.y[rows, 0, :1], batch.target[rows, 1:]).item()
     assert rows.sum() > 5000 and slope == pytest.approx(0.6 / (1 + SIGMA**2 * (1 + a**2)), abs=5 * math.sqrt(1.5 / int(rows.sum())))
@@ -140,20 +142,28 @@ def test_the_start_is_self_supervised_where_parts_of_observations_predict_each_o
             chosen(made, "self-supervised")
 
 
-@pytest.mark.parametrize("name", ["identity", "mask"])
-def test_first_samples_of_a_gaussian_have_its_posterior_as_their_law(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_first_samples_of_a_gaussian_have_its_posterior_as_their_law(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without sampling: from zero noise and unit noises."""
     prior = GaussianDenoiser.from_covariance(normal(*S, seed=7), covariance(d))
-    made = observer(name, 3, S)
-    obs = made.simulate(prior.sample(3, generator()), generator(1))
-    for i in range(3):
-        one = made.rows(slice(i, i + 1))
-        A, R = dense(one, 1)[0].numpy(), torch.diag(noise_variance(one, 1)[0]).numpy()
-        mean, V, _ = posterior(prior.mean.flatten().numpy(), prior.covariance().numpy(), A, R, obs[i].flatten().numpy())
-        rows = 1 + d * (1 if name == "identity" else 3)
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "randn", UnitNoise(1))
-            x = first_samples(prior, prior, Observations(obs[i : i + 1].expand(rows, *S), one), None).flatten(1)
-        L = x[1:] - x[:1]
-        torch.testing.assert_close(x[0], torch.from_numpy(mean), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(L.T @ L, torch.from_numpy(V), rtol=1e-3, atol=1e-4)
+    obs, mean, V, one = first_posterior(prior, "identity")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "randn", UnitNoise(1))
+        x = first_samples(prior, Observations(obs.expand(1 + d, *S), one), None).flatten(1)
+    L = x[1:] - x[:1]
+    torch.testing.assert_close(x[0], torch.from_numpy(mean), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(L.T @ L, torch.from_numpy(V), rtol=1e-3, atol=1e-4)
+
+
+def test_first_samples_with_missing_entries_are_the_posterior_mean() -> None:
+    prior = GaussianDenoiser.from_covariance(normal(*S, seed=7), covariance(d))
+    obs, mean, _, one = first_posterior(prior, "mask")
+    torch.testing.assert_close(first_samples(prior, Observations(obs, one)).flatten(), torch.from_numpy(mean), rtol=1e-6, atol=1e-7)
+
+
+def first_posterior(prior: GaussianDenoiser, name: str) -> tuple[Tensor, np.ndarray, np.ndarray, Observer]:
+    """An observation (1, *O) of the prior's, its dense posterior mean and covariance, its observer."""
+    one = observer(name, 3, S).rows(slice(1, 2))
+    obs = one.simulate(prior.sample(1, generator()), generator(1))
+    A, R = dense(one, 1)[0].numpy(), torch.diag(noise_variance(one, 1)[0]).numpy()
+    mean, V, _ = posterior(prior.mean.flatten().numpy(), prior.covariance().numpy(), A, R, obs.flatten().numpy())
+    return obs, mean, V, one
