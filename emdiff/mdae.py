@@ -7,9 +7,9 @@ Design Space of Diffusion-Based Generative Models, Karras et al. 2022, Table 1, 
     xhat = k ybar + ((1-k)^2 + k (1-k) spread^2)^(1/2) F(z, c),      k = spread^2 p / (1 + spread^2 p),      c = log(1 + p)/2
     z = w ybar / mean(w)^(1/2),      w = p/(1+p),  the mean over the entries of the datum
 
-z has variance 1 on average over a datum; where all its levels are equal it is sqrt(p/(1+p)) ybar, Karras's. Where they differ, entries count by their Wiener
-gain w: with sqrt(p/(1+p)) entry by entry, those measured coarsely would enter as unit noise that a convolution mixes with the others before any
-non-linearity could tell them apart (docs/method.md, Levels per entry).
+z has variance 1 on average over a datum; where all its levels are equal it is sqrt(p/(1+p)) ybar, Karras's. Where they differ, entries count by
+their Wiener gain w: with sqrt(p/(1+p)) entry by entry, those measured coarsely would enter as unit noise, which a convolution mixes with the
+others before any non-linearity could tell them apart (docs/method.md, Levels per entry).
 
 spread = 1 is the paper's choice, with k = p/(1+p) and (1+p)^(-1/2) before F. A smaller spread, the std of an entry given its surroundings rather than
 its marginal std, passes less noise for F to cancel at coarse levels (docs/method.md, The start).

@@ -8,9 +8,9 @@ recorrupted with a factor a of its own (Recorrupted-to-recorrupted, Pang et al. 
 Input and target have independent noise, so the least-squares estimator is E[x | input], as if the clean x had been the target. a = infinity
 hides an entry from the input and leaves z itself as the target: splitting (Noise2Void, Krull et al. 2019; SSDU, Yaman et al. 2020) is the same
 objective. Weights are the inverse variance of the target, sigma_z^2 (1 + 1/a^2) + 1/2. Held-out observations end the training.
-First samples: xhat(z) + V^(1/2) xi, V = sigma_z^2 d xhat / d z, by Lanczos, where every entry was observed. Where some were not, V of these has no such
-form, and xhat(z) itself is taken: the first M-step then is over-relaxed (em), which the iterations after it mend, while the deviations of a
-Gaussian, whose white part tells unseen entries nothing of their neighbours, were seen to cost more than they gave (docs/method.md).
+First samples: xhat(z) + V^(1/2) xi, V = sigma_z^2 d xhat / d z, by Lanczos, where every entry was observed. Where some were not, V of these has
+no such form, and xhat(z) itself is taken: the first M-step then is over-relaxed (em), which the iterations after it mend, while deviations drawn
+from a Gaussian, whose white part tells unseen entries nothing of their neighbours, were seen to cost more than they give (docs/method.md).
 
 gaussian, for any observer: exact samples of N(mean, S) given obs (gaussian).
 """

@@ -233,7 +233,7 @@ class Recorder(nn.Module):
 
 @pytest.mark.parametrize("spread", [1.0, 0.4])
 def test_the_backbone_sees_unit_variance_and_its_target_has_unit_variance(spread: float) -> None:
-    """Of x ~ N(0, 1): E z^2 = 1 on average over a datum, and F = (x - skip ybar) / scale with E F^2 = 1; checked as quadratic forms in x and ybar - x."""
+    """Of x ~ N(0, 1): E z^2 = 1, the mean over a datum, and F = (x - skip ybar) / scale with E F^2 = 1; checked as quadratic forms."""
     sigma = levels_of(S)
     y = normal(B, M, *S)
     ybar, p = pool(y, sigma)
