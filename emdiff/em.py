@@ -266,7 +266,7 @@ class PairLoss:
         return log_tau.exp().clamp(self.tau_last, TAU_FIRST)
 
     def _fused(self, tau: Tensor, generator: torch.Generator) -> Tensor:
-        """Fuse four in five levels with those of randomly chosen observations, one of them being that observation alone; none falls below the draws'."""
+        """Fuse four in five levels with those of random observations, one of the five being that observation alone; none falls below the draws'."""
         draw = lambda: torch.rand(tau.shape, generator=generator, device=generator.device)  # noqa: E731
         rows = torch.randint(len(self.sigma_z), (len(tau),), generator=generator, device=generator.device)
         sigma = self.sigma_z[rows.to(self.sigma_z.device)].to(generator.device)
