@@ -101,7 +101,7 @@ def _distribution(f: Mapping[str, float]) -> list[Finding]:
     worst = max((f.get(f"{name}_ratio", math.nan) for name in ("sliced_wasserstein", "energy")), key=lambda r: -math.inf if math.isnan(r) else r)
     if worst > 1.5:
         level = "bad" if worst > 3 else "warn"
-        found.append((level, f"re-observed prior samples are {worst:.2f} times as far from the observations as half of these; give more iterations"))
+        found.append((level, f"re-observed prior samples are {worst:.2f} times as far from observations as half of these; give more iterations"))
     for name, what in (("std_drift", "std"), ("mean_drift", "mean")):
         if abs(f.get(name, 0.0)) > 0.01:
             found.append(("warn", f"the {what} of the samples still moves by {f[name]:+.1%} of the data's std per iteration; give more iterations"))

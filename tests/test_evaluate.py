@@ -57,7 +57,7 @@ def test_the_exact_prior_passes_every_figure() -> None:
 @pytest.mark.parametrize(
     ("factor", "noise", "words"),
     [
-        (4.0, NOISE, "times as far from the observations"),
+        (4.0, NOISE, "times as far from"),
         (1.0, 1.6 * NOISE, "over-fits the noise"),
         (0.2, NOISE, "over-smooths"),
         (1.0, 0.4 * NOISE, "over-smooths"),
@@ -68,7 +68,8 @@ def test_a_wrong_prior_or_noise_is_convicted_in_words(factor: float, noise: floa
     found = evaluated(factor, noise)
     verdict = judge(found.figures)
     assert verdict.level == "bad" and any(words in reason for reason in verdict.reasons), verdict
-    assert min(found.figures["sbc_pvalue"] / 1e-3, 3 / found.figures["energy_ratio"]) < 1 and found.figures["error_mean"] > evaluated().figures["error_mean"]
+    assert min(found.figures["sbc_pvalue"] / 1e-3, 3 / found.figures["energy_ratio"]) < 1
+    assert found.figures["error_mean"] > evaluated().figures["error_mean"]
 
 
 def test_without_truth_no_figure_of_it_is_there_and_the_others_are_the_same() -> None:
