@@ -100,7 +100,10 @@ def main(arguments: list[str] | None = None) -> None:
         _refuse("--entity is missing: give your W&B user or team, or --dry-run to look at the dashboard without saving it")
     if not logged_in():
         _refuse("saving the dashboard needs a W&B login: run `wandb login` first, or give --dry-run to look at it without saving")
-    workspace.save()
+    try:
+        workspace.save()
+    except Exception as error:  # the library has no base class for what W&B's servers refuse
+        _refuse(f"W&B did not save the dashboard to {options.entity}/{options.project}: {str(error).strip().splitlines()[0]}")
     print(workspace.url)
 
 

@@ -204,7 +204,9 @@ def test_a_dashboard_is_saved_where_there_is_a_login(board, folder):
         done = wandb_command(folder, server, str(ROOT / "scripts/wandb_dashboard.py"), "--entity", "me")
         assert done.returncode == 0 and done.stdout.startswith(f"{server.url}/me/emdiff"), done.stderr
         (view,) = server.views
-        assert shown({"section": json.loads(view["spec"])["section"]}) == board.metrics(board.dashboard("me", "emdiff"))
+        assert shown(json.loads(view["spec"])) == board.metrics(board.dashboard("me", "emdiff"))
+        done = wandb_command(folder, server, str(ROOT / "scripts/wandb_dashboard.py"), "--entity", "refused")
+        assert done.returncode == 2 and "refused/emdiff" in done.stderr and "permission denied" in done.stderr and len(server.views) == 1
 
 
 @pytest.mark.parametrize(("arguments", "word"), [([], "--entity"), (["--entity", "me"], "wandb login")])
