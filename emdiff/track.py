@@ -180,6 +180,7 @@ def _start(mode: str, folder: Path, config: dict[str, Any], warn: Callable[[str]
         if mode == "offline":
             raise
         warn(f"W&B cannot be reached ({str(error).splitlines()[0]}); this run is logged offline, `wandb sync` uploads it later")
+        wandb.teardown()  # its background process still holds the id for the online run that did not start
         run = wandb.init(mode="offline", **shared)
     identity.write_text(run.id)
     return run

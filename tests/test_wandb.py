@@ -148,10 +148,12 @@ def test_continued_fits_and_evaluations_are_one_wandb_run(folder, sessions):
     assert [start["run_id"] for start in starts] == [(folder / "run/wandb_id").read_text()] * 3
 
 
-def wandb_command(folder, server, *arguments):
-    """A program of the user's who is logged in to `server`."""
+def wandb_command(folder, server, *arguments, **more):
+    """A Python process of a user who is logged in to `server`, or to none."""
     environment = {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}  # the tests' own connection to W&B's background process
-    environment |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40, "PYTHONPATH": str(ROOT)}
+    environment |= {"PYTHONPATH": str(ROOT), **more}
+    if server:
+        environment |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40}
     return subprocess.run([sys.executable, *arguments], env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
@@ -172,6 +174,42 @@ def test_sync_appends_the_rows_of_later_sessions(folder, monkeypatch):
         assert [row["_step"] for row in server.rows] == list(range(7))
         assert [row["em/iter"] for row in server.rows] == [0, 1, 2, 3, 3, 4, 5]
         assert [row.get("em/chi2", row.get("eval/chi2")) for row in server.rows] == [1, 2, 3, 4, 0.5, 5, 6]
+
+
+def test_without_network_an_online_run_goes_on_offline(folder):
+    """A key, but no server behind the address: one line says so, and the same run is logged offline."""
+    code = """if True:
+        import emdiff.track as track
+        track.TIMEOUT = 2
+        tracker = track.Tracker("online", track.Path("alone"), {})
+        tracker.log({"iter": 0, "chi2": 1.5}, {})
+        tracker.close()"""
+    with wandb_server() as closed:
+        pass
+    done = wandb_command(folder, closed, "-c", code)
+    (line,) = done.stdout.strip().splitlines()
+    assert done.returncode == 0 and "cannot be reached" in line and "wandb sync" in line, done.stderr
+    (session,) = (folder / "alone/wandb").glob(f"offline-run-*-{(folder / 'alone/wandb_id').read_text()}")
+    assert [r["history"]["item"]["em/chi2"] for r in records(session) if r["type"] == "history"] == [1.5]
+
+
+def test_a_sweep_chooses_the_run_and_gets_every_round(folder):
+    """Two trials with the same settings share a run folder; both show all of its rounds."""
+    code = """if True:
+        import os, wandb
+        from emdiff.track import Path, Tracker
+        for name in ("first", "second"):
+            os.environ["WANDB_RUN_ID"] = name
+            Tracker("offline", Path("trial"), {}).close()
+            wandb.teardown()"""
+    (folder / "trial").mkdir()
+    (folder / "trial/metrics.jsonl").write_text('{"iter": 0, "chi2": 1.5}\n{"iter": 1, "chi2": 1.25}\n')
+    (folder / "settings.yaml").write_text("wandb_version: 1\nwalk.levels:\n  value: 16\n")
+    done = wandb_command(folder, None, "-c", code, WANDB_SWEEP_ID="sweep", WANDB_SWEEP_PARAM_PATH=str(folder / "settings.yaml"))
+    assert done.returncode == 0, done.stderr
+    for name in ("first", "second"):
+        (session,) = (folder / "trial/wandb").glob(f"offline-run-*-{name}")
+        assert [r["history"]["item"]["em/chi2"] for r in records(session) if r["type"] == "history"] == [1.5, 1.25]
 
 
 def shown(spec):
