@@ -1,4 +1,4 @@
-"""The command line: `emdiff observe | fit | sample | reconstruct`. Torch is imported when a command runs, so that --help answers at once."""
+"""The command line: `emdiff observe | fit | sample | reconstruct | evaluate`. Torch is imported when a command runs: --help answers at once."""
 
 import re
 import sys
@@ -55,6 +55,7 @@ def fit(
     start: Literal["auto", "gaussian", "self-supervised"] = "auto",
     guidance: Literal["auto", "fused", "cg", "gmres"] = "auto",
     relax: Optional[int] = None,
+    stop: Literal["never", "auto"] = "never",
     observer: Optional[str] = None,
     noise_std: Optional[float] = None,
     shape: Optional[list[int]] = None,
@@ -76,6 +77,9 @@ def fit(
         relax: Last iteration that may over-relax (coarse jumps, re-noised: fast but biased), which happens only where the last samples spread more
             than the data, as estimated from the observations. 0: exact iterations only. Unset: no limit where the
             noise exceeds 2 tau_relax, else 0.
+        stop: auto ends the fit when the figures that need no truth (chi2, and the agreement of re-observed prior samples with the observations)
+            have not improved for three iterations; either way the run's prior for later commands is that of the best iteration with auto, of
+            the last with never.
         observer: Name of the observer, if the file does not hold it or holds another.
         noise_std: Noise level in the units of the observations, likewise.
         shape: Shape of x, likewise.
@@ -157,6 +161,56 @@ def reconstruct(
     reconstruct_command(Path(run), data, samples, Path(out), seed, device)
 
 
+def evaluate(
+    run: str,
+    observations: str,
+    truth: Optional[str] = None,
+    samples: int = 16,
+    count: Optional[int] = None,
+    prior_samples: int = 1000,
+    oracle: Optional[str] = None,
+    features: str = "random-conv-64",
+    out: Optional[str] = None,
+    observer: Optional[str] = None,
+    noise_std: Optional[float] = None,
+    shape: Optional[list[int]] = None,
+    uint8_range: bool = False,
+    seed: int = 0,
+    device: Device = "auto",
+) -> None:
+    """Say whether a fit can be believed, without clean data; and with them, how far it is from the best possible.
+
+    Args:
+        run: Run folder of `emdiff fit`.
+        observations: File of observations, those of the fit or others of the same kind.
+        truth: File of the clean data behind them, in the same order. Unset: the truth in the file of observations, if there is one.
+        samples: Posterior samples per observation, at least 4.
+        count: Evaluate the first so many observations; all by default.
+        prior_samples: Prior samples.
+        oracle: A prior.safetensors, such as one trained on clean data; every figure is also given as a ratio to that prior's.
+        features: Feature module for Frechet and kernel distances: random-conv-64, or a TorchScript file that maps images to vectors.
+        out: Folder to write metrics.json and arrays.npz. Unset: RUN/evaluation.
+        observer: Name of the observer, if the file does not hold it.
+        noise_std: Noise level, if the file does not hold it.
+        shape: Shape of x, if the file does not hold it.
+        uint8_range: Accept uint8 observations and divide them by 255.
+        seed: Seed.
+        device: Where to run.
+    """
+    from emdiff.commands import evaluate_command
+    from emdiff.observations import read_observations
+
+    _at_least("--samples", samples, 4)
+    _at_least("--prior-samples", prior_samples, 2)
+    data = read_observations(Path(observations), observer, noise_std, tuple(shape) if shape else None, uint8_range)
+    if count is not None and not 2 <= count <= len(data):
+        raise UsageError(f"--count is {count}; {observations} holds {len(data)} observations, give 2 to {len(data)}")
+    evaluate_command(
+        Path(run), Path(observations), data.rows(slice(0, count)), Path(truth or observations), truth is not None, samples, prior_samples,
+        Path(oracle) if oracle else None, features, Path(out) if out else Path(run) / "evaluation", seed, device,
+    )  # fmt: skip
+
+
 def _positive(name: str, value: float) -> None:
     if not 0 < value < float("inf"):
         raise UsageError(f"{name} is {value:g}; it has to be a positive, finite number in the units of the data")
@@ -182,7 +236,7 @@ class Parser(ArgumentParser):
         sys.exit(2)
 
 
-COMMANDS = {"observe": observe, "fit": fit, "sample": sample, "reconstruct": reconstruct}
+COMMANDS = {"observe": observe, "fit": fit, "sample": sample, "reconstruct": reconstruct, "evaluate": evaluate}
 
 
 def dashes(argument: str) -> str:

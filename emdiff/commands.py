@@ -14,24 +14,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from emdiff.em import Walk, choose_guidance, e_step
+from emdiff.em import Walk, choose_guidance
 from emdiff.errors import UsageError
-from emdiff.figures import save_progress, save_rows, save_samples
+from emdiff.evaluate import Evaluation, Task, drifts, evaluate, ratios, write_evaluation
+from emdiff.features import feature_module
+from emdiff.figures import is_image, save_progress, save_rows, save_samples
 from emdiff.files import write_arrays
 from emdiff.fit import Plan, level_maps, run_fit
 from emdiff.metrics import residual_chi2, truth_figures
-from emdiff.observations import Observations, read_observations, read_truth
+from emdiff.observations import Observations, read_data, read_observations, read_truth
+from emdiff.posterior import check_shape, run_walk, sample_posterior
 from emdiff.prior import choose_network, load_prior, sample_prior
-from emdiff.runs import FREE, Run, fingerprint, latest_prior
+from emdiff.runs import FREE, Run, fingerprint, latest_prior, round_metrics, round_of, versions
 from emdiff.scale import Scale, estimate_scale
 from emdiff.start import choose_start
 from emdiff.streams import stream
 from emdiff.track import Tracker
 
 Config = dict[str, Any]
-
-BURN_IN = 5
-"""Passes of persistent chains that start at the mean, before the first sample of `emdiff reconstruct` is taken."""
 
 NO_LIMIT = 10**6
 """Iterations: what --relax stands for when it is not set."""
@@ -94,6 +94,21 @@ class Console:
             self.bar.close()
 
 
+def bars() -> Callable[[str, int], Callable[[int], None]]:
+    """Phases shown as one bar after the other."""
+    def phase(name: str, total: int) -> Callable[[int], None]:
+        bar = tqdm(total=total, desc=name, leave=False, file=sys.stderr)
+
+        def update(done: int) -> None:
+            bar.update(done - bar.n)
+            if done >= total:
+                bar.close()
+
+        return update
+
+    return phase
+
+
 def fit_command(config: Config) -> None:
     """`emdiff fit`."""
     path, device = Path(config["observations"]), resolve_device(config["device"])
@@ -114,7 +129,7 @@ def fit_command(config: Config) -> None:
     finally:
         console.close()
         tracker.close()
-    print(f"prior: {run.round_path(plan.iters) / 'prior.safetensors'}   pictures: {out / 'figures'}   figures: {out / 'metrics.jsonl'}")
+    print(f"prior: {latest_prior(out)}   pictures: {out / 'figures'}   figures: {out / 'metrics.jsonl'}")
     print(f"next: emdiff sample --run {out} --out samples.npz; emdiff reconstruct --run {out} --observations {path}")
 
 
@@ -144,7 +159,7 @@ def make_plan(config: Config, data: Observations, scale: Scale, device: str) -> 
     network = choose_network(data.shape, guidance == "fused" and level_maps(data) is not None)
     plan = Plan(
         config["iters"], start, chosen, network, train["start_steps"], steps, train["batch"], train["rate"], relax,
-        seed=config["seed"], device=device,
+        seed=config["seed"], device=device, stop=config["stop"] == "auto",
     )  # fmt: skip
     return plan, {"start": start.reason, "guidance": reason}
 
@@ -242,38 +257,68 @@ def reconstruct_command(run: Path, data: Observations, samples: int, out: Path, 
     """`emdiff reconstruct`."""
     device = resolve_device(device)
     prior = load_prior(latest_prior(run), device)
-    if data.shape != prior.shape:
-        raise UsageError(f"the observations are of data of shape {data.shape}, the prior of {run} is for {prior.shape}; give --shape or another run")
-    walk = run_walk(run, data, device)
-    standard = prior.scale.observations(data)
+    check_shape(prior, data, run)
     generator = stream(seed, "reconstruct", device=device)
-    draws: list[Tensor] = []
-    chains = None if math.isinf(walk.tau_first) else prior.scale.standardise(torch.full((len(data), *data.shape), prior.scale.mean))
-    burn_in = 0 if chains is None else BURN_IN
-    for i in range(-burn_in, samples):
-        name = f"sample {i + 1} of {samples}" if i >= 0 else f"burn-in {i + burn_in + 1} of {burn_in}"
-        bar = tqdm(total=len(data), desc=name, leave=False, file=sys.stderr)
-        end = e_step(prior.denoiser, standard, chains, walk, generator, progress=lambda done, bar=bar: bar.update(done - bar.n))
-        bar.close()
-        chains = None if chains is None else end.y
-        draws += [prior.scale.restore(end.x)] if i >= 0 else []
-    stacked = torch.stack(draws, dim=1)
+    stacked = sample_posterior(prior, data, run_walk(run, data, device), samples, generator, bars()).x
     mean, std = stacked.mean(1), stacked.std(1)
     write_arrays(out, samples=stacked.numpy(), mean=mean.numpy(), std=std.numpy())
     picture = out.with_suffix(".png")
-    rows = {"sample 1": draws[0], "sample 2": draws[1], "mean": mean, "std": std}
+    rows = {"sample 1": stacked[:, 0], "sample 2": stacked[:, 1], "mean": mean, "std": std}
     save_rows(picture, {"observation": data.obs, **rows} if data.obs.shape[1:] == data.shape else rows)
-    chi2 = float(residual_chi2(data, draws[0]).mean())
+    chi2 = float(residual_chi2(data, stacked[:, 0]).mean())
     print(f"{samples} posterior samples of each of {len(data)} observations, residual chi2 {chi2:.3f} (1 is calibrated) -> {out}, picture {picture}")
     print(f"next: look at {picture}; np.load('{out}') holds samples, mean and std in the units of the data")
 
 
-def run_walk(run: Path, data: Observations, device: str) -> Walk:
-    """The walk a run was made with, with the guidance that these observations allow."""
-    import yaml
+def evaluate_command(
+    run: Path, file: Path, data: Observations, truth_file: Path, demanded: bool, samples: int, prior_samples: int,
+    oracle: Path | None, features: str, out: Path, seed: int, device: str,
+) -> None:  # fmt: skip
+    """`emdiff evaluate`."""
+    device = resolve_device(device)
+    prior = load_prior(latest_prior(run), device)
+    check_shape(prior, data, run)
+    truth = read_matching_truth(truth_file, data, demanded)
+    if truth is not None and is_image(data.shape):
+        feature_module(features, truth[:2].reshape(len(truth[:2]), -1, *data.shape[-2:]))
+    best = load_prior(oracle, device) if oracle else None
+    task = Task(data, run_walk(run, data, device), samples, prior_samples, truth, features, seed, device)
+    history, iteration = round_metrics(run), round_of(latest_prior(run))
+    found = evaluate(prior, task, bars())
+    found = found._replace(figures=found.figures | drifts([row for row in history if row["iter"] <= iteration], prior.scale.std))
+    rival = evaluate(best, task, bars()).figures if best else None
+    about = {"run": run.name, "observations": str(file), "observations_count": len(data), "samples": samples, "iter": iteration, "seed": seed,
+             "features": features, "versions": versions()}  # fmt: skip
+    verdict = write_evaluation(out, about, found, history, rival)
+    print_evaluation(found, rival)
+    print(f"verdict: {verdict.text}")
+    for reason in verdict.reasons:
+        print(f"  - {reason}")
+    print(f"figures: {out / 'metrics.json'}   arrays: {out / 'arrays.npz'}")
+    print(f"next: emdiff report --run {run}")
 
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    guidance, _ = choose_guidance(data, "auto")
-    walk = {**config["walk"], "guidance": guidance, "batch": 4096 if device == "cuda" else 500}
-    walk["tau_first"] = walk["tau_first"] or (math.inf if guidance == "fused" else 0.8)
-    return Walk(**walk)
+
+def read_matching_truth(path: Path, data: Observations, demanded: bool) -> Tensor | None:
+    """The truth behind the observations (N, *S); None where none was demanded and the file has none.
+
+    Raises:
+        UsageError: if a demanded truth cannot be read, is too short, or has another shape.
+    """
+    truth = read_data(path) if demanded else read_truth(path)
+    if truth is None:
+        return None
+    if len(truth) < len(data) or tuple(truth.shape[1:]) != data.shape:
+        raise UsageError(
+            f"{path}: the truth has shape {tuple(truth.shape)}, expected ({len(data)} or more, {', '.join(map(str, data.shape))}); "
+            "give the clean data behind these observations, in their order"
+        )
+    return truth[: len(data)]
+
+
+def print_evaluation(found: Evaluation, rival: dict[str, float] | None) -> None:
+    """A table: figure, value, floor, ratio to the oracle."""
+    compared = ratios(found.figures, rival) if rival else {}
+    print(f"{'figure':<26}{'value':>12}{'floor':>12}" + (f"{'/ oracle':>12}" if rival else ""))
+    for name, value in found.figures.items():
+        floor = f"{found.floors[name]:12.5g}" if name in found.floors else " " * 12
+        print(f"{name:<26}{value:12.5g}{floor}" + (f"{compared[name]:12.4g}" if name in compared else ""))

@@ -20,11 +20,12 @@ from emdiff.mdae import MDAE
 from emdiff.metrics import prior_figures, sample_figures
 from emdiff.observations import Observations
 from emdiff.prior import Prior, build_network, load_prior, sample_prior, save_prior, set_precision
-from emdiff.runs import Run
+from emdiff.runs import Run, latest_prior
 from emdiff.scale import Scale
 from emdiff.start import Choice, first_samples, recorrupt, self_supervised_loss
 from emdiff.streams import stream, stream_seed
 from emdiff.training import Trained, train
+from emdiff.verdict import best_iteration, should_stop
 
 GAUSSIAN_ITERATIONS = 20
 """EM iterations of the Gaussian start, where it has no closed form."""
@@ -50,6 +51,7 @@ class Plan(NamedTuple):
         prior_samples: Prior samples drawn per round for figures.
         seed: Seed of everything random.
         device: "cpu" or "cuda".
+        stop: End when the figures that need no truth have stopped to improve, and keep the best iteration (verdict).
     """
 
     iters: int
@@ -64,6 +66,7 @@ class Plan(NamedTuple):
     prior_samples: int = 500
     seed: int = 0
     device: str = "cpu"
+    stop: bool = False
 
 
 class Listener(Protocol):
@@ -97,11 +100,12 @@ def run_fit(
         evaluate: Figures of samples (N, *S) that only the caller can compute, such as errors against a truth.
 
     Returns:
-        The prior of the last round.
+        The prior of the last round, or of the best where plan.stop.
     """
     standard = scale.observations(data)
-    prior = None
     for k in range(run.finished() + 1, plan.iters + 1):
+        if plan.stop and k > 1 and should_stop(run.history()):
+            break
         clock = time.perf_counter()
         run.begin(k)
         x, prior, metrics = start_round(standard, scale, plan, run, listener) if k == 0 else em_round(k, standard, scale, plan, run, listener)
@@ -117,7 +121,8 @@ def run_fit(
         metrics |= {"iter": k, **sample_figures(data, x), **evaluate(x), "seconds": time.perf_counter() - clock}
         run.finish(k, metrics)
         listener.round(k, metrics, pictures)
-    return prior or load_prior(run.round_path(plan.iters) / "prior.safetensors", plan.device)
+    run.choose(best_iteration(run.history()) if plan.stop else None)
+    return load_prior(latest_prior(run.path), plan.device)
 
 
 def start_round(data: Observations, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Tensor, Prior, dict[str, Any]]:

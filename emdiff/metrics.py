@@ -3,16 +3,20 @@ r"""Figures that say whether a fit can be believed.
 Without the truth:
     residual chi2     mean over data of |obs - A x|^2_{cov_obs^-1} / dim, over what was observed. 1 for samples x | obs under the true prior;
                       below: the samples follow the noise; above: they over-smooth.
-    sliced distance   sliced 1-Wasserstein distance between prior samples observed anew (A x + n) and the observations, divided by the same
-                      distance between two halves of the observations. Near 1: nobody can tell them apart.
+    agreement         a distance between prior samples observed anew (A x + n) and the observations, divided by the same distance between two
+                      halves of the observations. Near 1: nobody can tell them apart. Distances: sliced 1-Wasserstein; energy,
+                      2 E|a - b| - E|a - a'| - E|b - b'|.
 With the truth x*:    error |x - x*|^2 / d of one sample and of the mean; sample std over true std.
 With feature vectors: Frechet distance |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), by torchmetrics.
 
-Sources: Sliced and Radon Wasserstein barycenters of measures (Bonneel et al. 2015); GANs trained by a two time-scale update rule
-(Heusel et al. 2017).
+Sources: Sliced and Radon Wasserstein barycenters of measures (Bonneel et al. 2015); Energy statistics (Szekely & Rizzo 2013); GANs trained by a two
+time-scale update rule (Heusel et al. 2017); Demystifying MMD GANs (Binkowski et al. 2018) for the kernel distance.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +25,12 @@ from emdiff.observations import Observations
 
 CHUNK = 1024
 """Data per batch."""
+
+
+def standardised_residual(data: Observations, x: Tensor) -> Tensor:
+    """(obs - A x) / noise_std, 0 where nothing was observed, shape (N, *O); x (N, *S) in the units of the data. N(0, 1) at the true x."""
+    seen = data.observer.observed().expand(data.obs.shape)
+    return (data.obs - data.observer.forward(x)) / data.observer.std() * seen
 
 
 def residual_chi2(data: Observations, x: Tensor) -> Tensor:
@@ -37,8 +47,8 @@ def residual_chi2(data: Observations, x: Tensor) -> Tensor:
     for i in range(0, len(data), CHUNK):
         part = data.rows(slice(i, i + CHUNK))
         seen = part.observer.observed().expand(part.obs.shape)
-        z = (part.obs - part.observer.forward(x[i : i + CHUNK])) / part.observer.std()
-        parts.append((z.square() * seen).flatten(1).sum(1) / seen.flatten(1).sum(1).clamp(min=1))
+        z = standardised_residual(part, x[i : i + CHUNK])
+        parts.append(z.square().flatten(1).sum(1) / seen.flatten(1).sum(1).clamp(min=1))
     return torch.cat(parts)
 
 
@@ -58,8 +68,40 @@ def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = 128, generator: t
     return float(((a.flatten(1) @ theta).sort(0).values - (b.flatten(1) @ theta).sort(0).values).abs().mean())
 
 
-def observation_agreement(data: Observations, x: Tensor, generator: torch.Generator) -> float:
-    """Sliced distance of re-observed prior samples to observations, over that between two halves of the observations.
+def energy_distance(a: Tensor, b: Tensor) -> float:
+    """2 E|a - b| - E|a - a'| - E|b - b'| over all pairs, an entry with itself included, so that it is never negative.
+
+    Args:
+        a, b: Samples (n, *O), (m, *O).
+
+    Returns:
+        The distance, in the units of the samples.
+    """
+    a, b = a.flatten(1).double(), b.flatten(1).double()
+    mean = lambda p, q: float(torch.stack([torch.cdist(part, q).mean(1).sum() for part in p.split(512)]).sum() / len(p))  # noqa: E731
+    return 2 * mean(a, b) - mean(a, a) - mean(b, b)
+
+
+class Agreement(NamedTuple):
+    """Distances of prior samples, observed anew, to observations.
+
+    Attributes:
+        distance: By name: "sliced_wasserstein", "energy"; in units of obs.
+        floor: The same between two halves of the observations.
+    """
+
+    distance: dict[str, float]
+    floor: dict[str, float]
+
+    def ratio(self, name: str) -> float:
+        """Distance over floor; near 1 where the two cannot be told apart."""
+        return self.distance[name] / max(self.floor[name], 1e-30)
+
+
+def agreement(
+    data: Observations, x: Tensor, generator: torch.Generator, names: tuple[str, ...] = ("sliced_wasserstein", "energy"), repeats: int = 1
+) -> Agreement:
+    """Compare prior samples, observed anew, to observations.
 
     Each prior sample is observed by the operator of one datum, and compared with other data.
 
@@ -67,17 +109,33 @@ def observation_agreement(data: Observations, x: Tensor, generator: torch.Genera
         data: Observations.
         x: Prior samples (n, *S), in the same units.
         generator: Source of randomness, on the CPU.
-
-    Returns:
-        The ratio; 1 where the two cannot be told apart.
+        names: Distances wanted.
+        repeats: Random halves to average over.
     """
     n = min(len(x), len(data) // 2)
-    order = torch.randperm(len(data), generator=generator)
-    first, second = data.rows(order[:n]), data.rows(order[n : 2 * n])
-    again = first.observer.simulate(x[:n], generator)
-    seed = int(torch.randint(2**31, (1,), generator=generator))
-    distance = lambda a, b: sliced_wasserstein(a, b, generator=torch.Generator().manual_seed(seed))  # noqa: E731
-    return distance(again, second.obs) / max(distance(first.obs, second.obs), 1e-30)
+    distance, floor = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    for _ in range(repeats):
+        order = torch.randperm(len(data), generator=generator)
+        first, second = data.rows(order[:n]), data.rows(order[n : 2 * n])
+        again = first.observer.simulate(x[:n], generator)
+        seed = int(torch.randint(2**31, (1,), generator=generator))
+        for name in names:
+            distance[name] += DISTANCES[name](again, second.obs, torch.Generator().manual_seed(seed)) / repeats
+            floor[name] += DISTANCES[name](first.obs, second.obs, torch.Generator().manual_seed(seed)) / repeats
+    return Agreement(distance, floor)
+
+
+DISTANCES: dict[str, Callable[[Tensor, Tensor, torch.Generator], float]] = {
+    "sliced_wasserstein": lambda a, b, generator: sliced_wasserstein(a, b, generator=generator),
+    "energy": lambda a, b, generator: energy_distance(a, b),
+}
+
+
+def chi2_spread(data: Observations) -> tuple[float, float]:
+    """What noise alone makes of chi2: the std of one datum's, root mean square over data, and of the mean of all."""
+    seen = data.observer.observed().expand(data.obs.shape).flatten(1).sum(1).clamp(min=1).double()
+    variance = 2 / seen
+    return float(variance.mean().sqrt()), float((variance.sum() / len(data) ** 2).sqrt())
 
 
 def sample_figures(data: Observations, x: Tensor) -> dict[str, float]:
@@ -87,7 +145,8 @@ def sample_figures(data: Observations, x: Tensor) -> dict[str, float]:
 
 def prior_figures(data: Observations, x: Tensor, generator: torch.Generator) -> dict[str, float]:
     """Figures of prior samples x (n, *S), in the user's units."""
-    return {"prior_mean": float(x.mean()), "prior_std": float(x.std()), "observation_agreement": observation_agreement(data, x, generator)}
+    found = agreement(data, x, generator, ("sliced_wasserstein",))
+    return {"prior_mean": float(x.mean()), "prior_std": float(x.std()), "observation_agreement": found.ratio("sliced_wasserstein")}
 
 
 def truth_figures(x: Tensor, truth: Tensor) -> dict[str, float]:
@@ -95,24 +154,46 @@ def truth_figures(x: Tensor, truth: Tensor) -> dict[str, float]:
     return {"error": float((x - truth).square().mean()), "std_ratio": float(x.std() / truth.std())}
 
 
-class Frechet:
-    """Frechet distances to one set of real images in the space of a feature network; they compare only with one another.
+class Likeness(NamedTuple):
+    """Distances of images to real ones in the space of a feature network."""
+
+    frechet: float
+    kernel: float
+
+
+class FeatureDistance:
+    """Frechet and kernel distances to one set of real images in the space of a feature network; they compare only with one another.
+
+    The kernel distance is the squared maximum mean discrepancy with a cubic kernel, unbiased, the mean over SUBSETS random subsets.
 
     Args:
         features: Images (B, C, H, W) -> (B, features.num_features); the network must be named next to every figure.
         real: Images (N, C, H, W); their features are computed once.
+        most: Largest subset for the kernel distance.
     """
 
-    def __init__(self, features: nn.Module, real: Tensor) -> None:
+    SUBSETS = 20
+
+    def __init__(self, features: nn.Module, real: Tensor, most: int = 500) -> None:
         from torchmetrics.image.fid import FrechetInceptionDistance
 
+        self.features, self.most = features, most
         self.fid = FrechetInceptionDistance(features, reset_real_features=False, normalize=True, input_img_size=tuple(real.shape[1:]))
-        for part in real.split(1000):
-            self.fid.update(part, real=True)
+        self.real = torch.cat([self._update(part, True) for part in real.split(1000)])
 
-    def __call__(self, fake: Tensor) -> float:
-        """The distance of images (n, C, H, W), taken as they are."""
+    def _update(self, part: Tensor, real: bool) -> Tensor:
+        """Hand images to the Frechet distance; returns their features."""
+        self.fid.update(part, real=real)
+        with torch.no_grad():
+            return self.features(part)
+
+    def __call__(self, fake: Tensor) -> Likeness:
+        """Both distances of images (n, C, H, W), taken as they are."""
+        from torchmetrics.image.kid import poly_mmd
+
         self.fid.reset()
-        for part in fake.split(1000):
-            self.fid.update(part, real=False)
-        return float(self.fid.compute())
+        found = torch.cat([self._update(part, False) for part in fake.split(1000)])
+        size, draw = min(self.most, len(found), len(self.real)), torch.Generator().manual_seed(0)
+        pick = lambda f: f[torch.randperm(len(f), generator=draw)[:size]].double()  # noqa: E731
+        kernel = [float(poly_mmd(pick(self.real), pick(found))) for _ in range(self.SUBSETS)]
+        return Likeness(float(self.fid.compute()), sum(kernel) / len(kernel))

@@ -6,6 +6,7 @@ r"""The run folder is the state of a fit: running the same command again continu
     start/                first samples and what made them
     round_003/            prior.safetensors, samples.npy (user's units), chains.npy (latest round only), metrics.json
     figures/              pictures per round
+    best.json             the iteration whose prior later commands take, where it is not the last
 
 metrics.json is written last: a round that has none did not finish and is done again.
 """
@@ -28,7 +29,7 @@ import emdiff
 from emdiff.errors import UsageError
 from emdiff.files import append_line, write_array, write_atomically, write_json
 
-FREE = ("iters", "device", "wandb", "out", "observations")
+FREE = ("iters", "stop", "device", "wandb", "out", "observations")
 """Settings that may change when a run is continued; the observations are compared by their fingerprint."""
 
 
@@ -106,6 +107,17 @@ class Run:
         """The figures of round k."""
         return json.loads((self.round_path(k) / "metrics.json").read_text())
 
+    def history(self) -> list[dict[str, Any]]:
+        """The figures of the start and of all finished rounds, in order."""
+        return [self.metrics(k) for k in range(self.finished() + 1)]
+
+    def choose(self, k: int | None) -> None:
+        """Take the prior of round k for later commands; None for the last."""
+        if k is None:
+            (self.path / "best.json").unlink(missing_ok=True)
+        else:
+            write_json(self.path / "best.json", {"iter": k})
+
     def begin(self, k: int) -> Path:
         """An empty folder for round k."""
         shutil.rmtree(self.round_path(k), ignore_errors=True)
@@ -135,7 +147,7 @@ def _check_space(path: Path, needed: int) -> None:
 
 
 def latest_prior(run: Path) -> Path:
-    """The prior of a run's last finished round.
+    """The prior of a run: of the iteration that best.json names, else of the last finished round.
 
     Raises:
         UsageError: if the folder is missing or has no finished round.
@@ -145,19 +157,34 @@ def latest_prior(run: Path) -> Path:
     done = [p.parent for p in sorted(run.glob("round_*/metrics.json")) if (p.parent / "prior.safetensors").is_file()]
     if not done:
         raise UsageError(f"{run}: this run has no finished round yet; run `emdiff fit` to its first round")
-    return done[-1] / "prior.safetensors"
+    best = run / "best.json"
+    chosen = f"round_{json.loads(best.read_text())['iter']:03d}" if best.is_file() else done[-1].name
+    return next((folder for folder in done if folder.name == chosen), done[-1]) / "prior.safetensors"
 
 
-def _about(print_: str) -> dict[str, Any]:
+def round_of(prior: Path) -> int:
+    """The iteration that a path given by `latest_prior` belongs to."""
+    return int(prior.parent.name.removeprefix("round_"))
+
+
+def round_metrics(run: Path) -> list[dict[str, Any]]:
+    """The figures of the start and of all finished rounds of a run folder, in order."""
+    return [json.loads(path.read_text()) for path in [*run.glob("start/metrics.json"), *sorted(run.glob("round_*/metrics.json"))]]
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what computes, and the git hash of a source checkout."""
     return {
         "emdiff": emdiff.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "git": _git_hash(),
-        "threads": torch.get_num_threads(),
-        "observations_sha256": print_,
     }
+
+
+def _about(print_: str) -> dict[str, Any]:
+    return {**versions(), "threads": torch.get_num_threads(), "observations_sha256": print_}
 
 
 def _git_hash() -> str | None:

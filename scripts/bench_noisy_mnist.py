@@ -32,10 +32,10 @@ from mnist_features import mnist_features
 from torch import Tensor
 
 import emdiff
-from emdiff.commands import run_walk
 from emdiff.em import Draws, PairLoss, Walk, e_step
-from emdiff.metrics import Frechet, residual_chi2
+from emdiff.metrics import FeatureDistance, residual_chi2
 from emdiff.observations import Observations, read_observations, read_truth
+from emdiff.posterior import run_walk
 from emdiff.prior import Prior, build_network, choose_network, load_prior, sample_prior, save_prior, set_precision
 from emdiff.runs import latest_prior
 from emdiff.scale import Scale, estimate_scale
@@ -67,11 +67,11 @@ class Bench:
         size = 5000 if args.quick else 60_000
         self.digits = self.digits[:size]
         features = mnist_features(self.digits, labels[:size], args.folder, 1 if args.quick else 3)
-        self.frechet = Frechet(features, self.digits[:, None])
+        self.frechet = FeatureDistance(features, self.digits[:, None])
 
     def distance(self, x: Tensor) -> float:
         """Frechet distance of images (n, 28, 28), as they are, to the clean digits."""
-        return self.frechet(x[:, None])
+        return self.frechet(x[:, None]).frechet
 
     def fit(self, seed: int) -> dict[str, float]:
         """Observe and fit with one seed; returns its figures."""

@@ -1,0 +1,92 @@
+"""Posterior samples under a finished prior, several per observation: what `emdiff reconstruct` writes and `emdiff evaluate` judges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import yaml
+from torch import Tensor
+
+from emdiff.em import Walk, choose_guidance, e_step
+from emdiff.errors import UsageError
+from emdiff.observations import Observations
+from emdiff.prior import Prior
+
+BURN_IN = 5
+"""Passes of persistent chains that start at the mean, before the first sample is taken."""
+
+
+class Posterior(NamedTuple):
+    """Posterior samples in the user's units.
+
+    Attributes:
+        x: Samples (N, L, *S), on the CPU.
+        restarted: Chains that left the data's range and were walked again.
+        residual: Mean relative residual of the solves; 0 without a solver.
+        iterations: Mean solver iterations.
+    """
+
+    x: Tensor
+    restarted: int
+    residual: float
+    iterations: float
+
+
+def run_walk(run: Path, data: Observations, device: str) -> Walk:
+    """The walk a run was made with, with the guidance that these observations allow."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    guidance, _ = choose_guidance(data, "auto")
+    walk = {**config["walk"], "guidance": guidance, "batch": 4096 if device == "cuda" else 500}
+    walk["tau_first"] = walk["tau_first"] or (math.inf if guidance == "fused" else 0.8)
+    return Walk(**walk)
+
+
+def check_shape(prior: Prior, data: Observations, run: Path) -> None:
+    """Refuse observations of data of another shape.
+
+    Raises:
+        UsageError: naming both shapes.
+    """
+    if data.shape != prior.shape:
+        raise UsageError(f"the observations are of data of shape {data.shape}, the prior of {run} is for {prior.shape}; give --shape or another run")
+
+
+def sample_posterior(
+    prior: Prior,
+    data: Observations,
+    walk: Walk,
+    count: int,
+    generator: torch.Generator,
+    phase: Callable[[str, int], Callable[[int], None]] = lambda name, total: lambda done: None,
+) -> Posterior:
+    """Draw `count` samples of x | obs for every observation.
+
+    Where every walk starts anew (walk.tau_first infinite) samples are independent given the prior; else they are successive states of persistent
+    chains, after BURN_IN passes.
+
+    Args:
+        prior: The prior, on the generator's device.
+        data: Observations in the user's units.
+        walk: How to walk.
+        count: Samples per observation.
+        generator: Source of randomness.
+        phase: Told the name and length of each pass; returns what to call with the number of observations done.
+    """
+    standard = prior.scale.observations(data)
+    persistent = math.isfinite(walk.tau_first)
+    chains = torch.zeros(len(data), *data.shape) if persistent else None
+    burn_in = BURN_IN if persistent else 0
+    x = torch.empty(len(data), count, *data.shape)
+    restarted, residual, iterations = 0, 0.0, 0.0
+    for i in range(-burn_in, count):
+        name = f"sample {i + 1} of {count}" if i >= 0 else f"burn-in {i + burn_in + 1} of {burn_in}"
+        end = e_step(prior.denoiser, standard, chains, walk, generator, progress=phase(name, len(data)))
+        chains = end.y if persistent else None
+        restarted, residual, iterations = restarted + end.restarted, end.residual, end.iterations
+        if i >= 0:
+            x[:, i] = prior.scale.restore(end.x)
+    return Posterior(x, restarted, residual, iterations)
