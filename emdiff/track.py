@@ -2,7 +2,7 @@
 
 It never prompts and never waits for a network it cannot reach: online needs a key, and a short time-out ends in offline mode.
 
-    em/NAME             figures of a round, against em/iter
+    em/NAME             figures of a round, against em/iter; em/score what --stop auto minimises (verdict)
     samples/NAME        its pictures
     eval/NAME           figures of an evaluation, against em/iter; eval/floor/NAME what they are at best, eval/oracle/NAME ratios to the truth's
     calibration/NAME    tables of an evaluation: coverage, ranks, tarp
@@ -15,6 +15,7 @@ then numbers the steps of a later session's rows after those of the earlier ones
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ import numpy as np
 from torch import Tensor
 
 from emdiff.figures import is_image, tile, to_uint8, value_range
+from emdiff.verdict import score
 
 TIMEOUT = 15
 """Seconds to wait for W&B's servers before a run goes on offline."""
@@ -64,7 +66,8 @@ class Tracker:
         if self.run is None:
             return
         images = {f"samples/{name}": _image(x) for name, x in pictures.items() if isinstance(x, Path) or is_image(x.shape[1:])}
-        self.run.log(numbers("em", metrics) | images)
+        value = score(metrics)
+        self.run.log(numbers("em", {**metrics, "score": value if math.isfinite(value) else None}) | images)
         (self.folder / "wandb_iter").write_text(f"{self.run.id} {metrics['iter']}\n")
 
     def evaluation(self, result: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> None:

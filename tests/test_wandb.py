@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -14,37 +13,13 @@ import yaml
 from wandb_server import wandb_server
 
 from emdiff.cli import main
-from emdiff.commands import check_ranges
 from emdiff.track import Tracker
+from emdiff.verdict import score
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--train.steps", "10", "--train.start-steps", "10", "--walk.levels", "4", "--device", "cpu"]
 FIT = ["fit", "--observations", "obs.npz", "--out", "run", *SMALL]
-
-FIGURES = [
-    "chi2", "chi2_spread", "chi2_datum_std", "chi2_datum_std_expected", "sliced_wasserstein", "energy", "sliced_wasserstein_ratio", "energy_ratio",
-    "mean_drift", "std_drift", "ess", "autocorrelation_time", "solver_residual", "solver_iterations", "restarted", "error", "error_mean", "psnr",
-    "psnr_mean", "ssim", "ssim_mean", "sharpness", "coverage_50", "coverage_80", "coverage_95", "sbc_pvalue", "tarp", "crps", "frechet", "kernel",
-    "std_ratio",
-]  # fmt: skip
-
-EVALUATION = {
-    "iter": 3,
-    "figures": {name: 0.5 + i for i, name in enumerate(FIGURES)},
-    "floors": {"energy": 0.25},
-    "oracle": {"error": 1.5},
-    "best_iteration": 2,
-    "verdict": {"level": "warn", "text": "it is made up"},
-}
-
-ARRAYS = {
-    "coverage_levels": np.array([0.5, 0.9], "float32"),
-    "coverage": np.array([0.4375, 0.875], "float32"),
-    "rank_counts": np.array([3, 5, 4]),
-    "tarp_levels": np.array([0.25, 0.75], "float32"),
-    "tarp_coverage": np.array([0.125, 0.5], "float32"),
-}
-
+EVALUATE = ["evaluate", "--run", "run", "--observations", "obs.npz", "--count", "40", "--samples", "4", "--prior-samples", "40", "--device", "cpu"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -64,14 +39,21 @@ def folder(tmp_path_factory):
         main(["observe", "--data", "digits.npz", "--noise-std", "0.25", "--out", "obs.npz"])
         for iters, mode in ((1, "off"), (2, "offline"), (3, "offline")):
             main([*FIT, "--iters", str(iters), "--wandb", mode])
+        main(EVALUATE)
         tracker = Tracker("offline", Path("run"), {})
-        tracker.evaluation(EVALUATION, ARRAYS)
+        tracker.evaluation(*evaluation(path))
         tracker.artifact(Path("run/report.html"))
         Path("run/report.html").write_text("<p>report</p>")
         tracker.artifact(Path("run/report.html"))
         tracker.close()
         yield path
     assert Path.cwd() == before
+
+
+def evaluation(folder):
+    """What `emdiff evaluate` wrote, as if there had been an oracle; and its arrays."""
+    with np.load(folder / "run/evaluation/arrays.npz") as arrays:
+        return json.loads((folder / "run/evaluation/metrics.json").read_text()) | {"oracle": {"error": 1.5}}, dict(arrays)
 
 
 def records(sync_dir):
@@ -112,8 +94,9 @@ def test_every_figure_of_every_round_is_logged_once(folder, rows):
     """Of the rounds fitted with W&B off too, and of the start."""
     figures = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     logged = [{k: float(v) for k, v in row.items() if k.startswith("em/")} for row in rows if "em/chi2" in row]
+    scores = [{"em/score": score(row)} if row["iter"] else {} for row in figures]
     wanted = [{f"em/{k}": float(v) for k, v in row.items() if not isinstance(v, str)} for row in figures]
-    assert len(figures) == 4 and logged == wanted
+    assert len(figures) == 4 and logged == [row | more for row, more in zip(wanted, scores)]
 
 
 def test_pictures_are_logged_every_round(rows):
@@ -124,16 +107,21 @@ def test_pictures_are_logged_every_round(rows):
 
 def test_an_evaluation_is_logged_at_its_iteration(folder, rows):
     (row,) = [row for row in rows if "eval/chi2" in row]
-    assert row["em/iter"] == 3 and row["eval/best_iteration"] == 2 and row["eval/floor/energy"] == 0.25 and row["eval/oracle/error"] == 1.5
-    assert {name: row[f"eval/{name}"] for name in FIGURES} == EVALUATION["figures"]
+    result, arrays = evaluation(folder)
+    figures = {name: value for name, value in result["figures"].items() if value is not None}
+    assert row["em/iter"] == result["iter"] == 3 and row["eval/best_iteration"] == result["best_iteration"] and row["eval/oracle/error"] == 1.5
+    assert {name: row[f"eval/{name}"] for name in figures} == figures
+    assert {name: row[f"eval/floor/{name}"] for name in result["floors"]} == result["floors"]
     wanted = {
-        "coverage": {"columns": ["nominal", "actual"], "data": [[0.5, 0.4375], [np.float32(0.9), 0.875]]},
-        "tarp": {"columns": ["nominal", "actual"], "data": [[0.25, 0.125], [0.75, 0.5]]},
-        "ranks": {"columns": ["rank", "count"], "data": [[0, 3], [1, 5], [2, 4]]},
+        "coverage": {"nominal": arrays["coverage_levels"], "actual": arrays["coverage"]},
+        "tarp": {"nominal": arrays["tarp_levels"], "actual": arrays["tarp_coverage"]},
+        "ranks": {"rank": np.arange(5), "count": arrays["rank_counts"]},
     }
-    for name, table in wanted.items():
+    for name, columns in wanted.items():
         (file,) = (folder / "run/wandb").glob(f"offline-run-*/files/{row[f'calibration/{name}.path']}")
-        assert {k: json.loads(file.read_text())[k] for k in table} == table
+        table = json.loads(file.read_text())
+        assert table["columns"] == list(columns)
+        np.testing.assert_allclose(table["data"], np.stack(list(columns.values()), axis=1))
 
 
 def test_the_report_is_an_artifact_and_the_system_is_watched(sessions):
@@ -255,34 +243,9 @@ def test_without_login_or_entity_nothing_is_saved(board, arguments, word, folder
     assert stop.value.code == 2 and word in line and "--dry-run" in line
 
 
-SWEEP = yaml.safe_load((ROOT / "configs/sweep.yaml").read_text())
-
-
-def corner(parameter, choose):
-    """A value of one of the sweep's parameters: an end of its range, or an element of its list."""
-    return choose(parameter["values"] if set(parameter) == {"values"} else [parameter["min"], parameter["max"]])
-
-
-@pytest.mark.parametrize("choose", [min, max, random.Random(1).choice, random.Random(2).choice], ids=["least", "most", "mixed", "mixed again"])
-def test_a_sweep_agent_can_run_each_combination(choose, capsys, monkeypatch):
-    """The command that W&B's agent would start, read by emdiff's own parser and within the ranges it accepts."""
-    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
-
-    monkeypatch.setenv("OBSERVATIONS", "mine.npz")
-    values = {name: corner(parameter, choose) for name, parameter in SWEEP["parameters"].items()}
-    arguments = create_sweep_command_args({"args": {name: {"value": value} for name, value in values.items()}})["args"]
-    command = [str(part) for part in create_sweep_command(list(SWEEP["command"]))]
-    assert command[:2] == ["${env}", "emdiff"] and command[-1] == "${args}"
-    with pytest.raises(SystemExit) as stop:
-        main([*command[2:-1], *arguments, "--print_config"])
-    config = yaml.safe_load(capsys.readouterr().out)
-    assert stop.value.code == 0 and config["observations"] == "mine.npz" and config["wandb"] == "online"
-    for name, value in values.items():
-        group, _, key = name.rpartition(".")
-        assert (config[group] if group else config)[key] == value
-    check_ranges(config["walk"], config["train"], config["relax"])
-
-
 def test_a_sweep_minimises_what_a_run_logs_without_the_truth(rows):
-    assert SWEEP["metric"] == {"name": "em/observation_agreement", "goal": "minimize"}
-    assert all(row["em/observation_agreement"] > 0 for row in rows if row.get("em/iter", 0) > 0 and "em/chi2" in row)
+    """The metric is a function of the figures without truth (`verdict.score`), and each round has it."""
+    metric = yaml.safe_load((ROOT / "configs/sweep.yaml").read_text())["metric"]
+    rounds = [row for row in rows if row.get("em/iter", 0) > 0 and "em/chi2" in row]
+    assert metric == {"name": "em/score", "goal": "minimize"} and len(rounds) == 3
+    assert all(row["em/score"] == score({"chi2": row["em/chi2"], "observation_agreement": row["em/observation_agreement"]}) for row in rounds)
