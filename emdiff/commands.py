@@ -82,10 +82,11 @@ class Console:
         folder = self.run.path / "figures"
         for name, x in pictures.items():
             save_samples(folder / f"{name}_{k:03d}.png", x, f"{name}, iteration {k}")
-        save_rows(folder / f"rows_{k:03d}.png", {**self.fixed, "sample": pictures["samples"][:12]})
+        rows = folder / f"rows_{k:03d}.png"
+        save_rows(rows, {**self.fixed, "sample": pictures["samples"][:12]})
         history = [self.run.metrics(j) for j in range(k + 1)]
         save_progress(folder / "progress.png", history)
-        self.tracker.log(metrics, pictures)
+        self.tracker.log(metrics, {**pictures, "rows": rows})
 
     def close(self) -> None:
         """End the current bar."""
