@@ -177,6 +177,7 @@ def evaluate(
     uint8_range: bool = False,
     seed: int = 0,
     device: Device = "auto",
+    wandb: Optional[Literal["auto", "online", "offline", "off"]] = None,
 ) -> None:
     """Say whether a fit can be believed, without clean data; and with them, how far it is from the best possible.
 
@@ -196,6 +197,7 @@ def evaluate(
         uint8_range: Accept uint8 observations and divide them by 255.
         seed: Seed.
         device: Where to run.
+        wandb: Log the figures to the W&B run of the fit as eval/NAME, with calibration tables and the report. Unset: as the fit did.
     """
     from emdiff.commands import evaluate_command
     from emdiff.observations import read_observations
@@ -207,7 +209,7 @@ def evaluate(
         raise UsageError(f"--count is {count}; {observations} holds {len(data)} observations, give 2 to {len(data)}")
     evaluate_command(
         Path(run), Path(observations), data.rows(slice(0, count)), Path(truth or observations), truth is not None, samples, prior_samples,
-        Path(oracle) if oracle else None, features, Path(out) if out else Path(run) / "evaluation", seed, device,
+        Path(oracle) if oracle else None, features, Path(out) if out else Path(run) / "evaluation", seed, device, wandb,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 from tqdm import tqdm
 
@@ -128,6 +129,7 @@ def fit_command(config: Config) -> None:
         run_fit(data, scale, plan, run, console, (lambda x: truth_figures(x, truth)) if truth is not None else (lambda x: {}))
     finally:
         console.close()
+        tracker.artifact(out / "report.html")
         tracker.close()
     print(f"prior: {latest_prior(out)}   pictures: {out / 'figures'}   figures: {out / 'metrics.jsonl'}")
     print(f"next: emdiff sample --run {out} --out samples.npz; emdiff reconstruct --run {out} --observations {path}")
@@ -272,7 +274,7 @@ def reconstruct_command(run: Path, data: Observations, samples: int, out: Path, 
 
 def evaluate_command(
     run: Path, file: Path, data: Observations, truth_file: Path, demanded: bool, samples: int, prior_samples: int,
-    oracle: Path | None, features: str, out: Path, seed: int, device: str,
+    oracle: Path | None, features: str, out: Path, seed: int, device: str, wandb: str | None,
 ) -> None:  # fmt: skip
     """`emdiff evaluate`."""
     device = resolve_device(device)
@@ -290,6 +292,11 @@ def evaluate_command(
     about = {"run": run.name, "observations": str(file), "observations_count": len(data), "samples": samples, "iter": iteration, "seed": seed,
              "features": features, "versions": versions()}  # fmt: skip
     verdict = write_evaluation(out, about, found, history, rival)
+    mode = wandb or yaml.safe_load((run / "config.yaml").read_text()).get("wandb", "off")
+    tracker = Tracker(mode, run, {}, warn=lambda line: print(f"note: {line}"))
+    tracker.evaluation(json.loads((out / "metrics.json").read_text()), found.arrays)
+    tracker.artifact(run / "report.html")
+    tracker.close()
     print_evaluation(found, rival)
     print(f"verdict: {verdict.text}")
     for reason in verdict.reasons:
