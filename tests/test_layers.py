@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
-    {"errors", "streams", "settings"},
+    {"errors", "streams", "settings", "meanings", "charts"},
     {"files", "measurement", "linalg"},
     {"archive", "denoise", "langevin"},
     {"observations"},
@@ -17,7 +17,9 @@ LAYERS = [
     {"em"},
     {"posterior"},
     {"fit", "figures"},
-    {"track", "evaluate"},
+    {"track", "evaluate", "strips"},
+    {"evidence"},
+    {"report"},
     {"commands"},
     {"cli"},
 ]
