@@ -219,10 +219,11 @@ def report(run: str, out: Optional[str] = None, pdf: Optional[str] = None) -> No
         out: File to write, .html; report.html in the run folder by default.
         pdf: Print the page to this .pdf too; needs Chromium.
     """
-    from emdiff.report import find_browser, write_pdf, write_report
-
     _suffix("--out", out or "report.html", (".html",))
     _suffix("--pdf", pdf or "report.pdf", (".pdf",))
+    from emdiff.printing import find_browser, write_pdf
+    from emdiff.report import write_report
+
     browser = find_browser() if pdf else ""
     page = write_report(Path(run), Path(out) if out else None)
     print(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB); open it in a browser")

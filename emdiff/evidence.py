@@ -106,11 +106,13 @@ def rank_chart(counts: np.ndarray) -> Chart | None:
     total, bins = int(counts.sum()), len(counts)
     low, high = binom.ppf([0.025, 0.975], total, 1 / bins)
     note = "Band: 95 % of the counts, bin by bin, if ranks are uniform and independent. A hump: too wide. A bowl: too sure."
-    chart = Chart("Ranks of the truth among samples", (0.0, float(bins)), (0.0, 1.1 * max(counts.max(), high)), "rank", note)
+    chart = Chart("Ranks of the truth among samples", (-0.5, bins - 0.5), (0.0, 1.1 * max(counts.max(), high)), "rank", note)
     chart.x_ticks = sorted({0.0, float(bins // 2), float(bins - 1)})
     for i, count in enumerate(counts):
-        chart.bar(i, i + 1, count, f"rank {i}: {int(count)}, expected {total / bins:.4g}")
-    return chart.band([0, bins], [low, low], [high, high]).line("target", [(0, total / bins), (bins, total / bins)])
+        chart.bar(i - 0.5, i + 0.5, count, f"rank {i}: {int(count)}, expected {total / bins:.4g}")
+    ends = (-0.5, bins - 0.5)
+    chart.line("law", [(ends[0], low), (ends[1], low), (ends[1], high), (ends[0], high)])
+    return chart.line("target", [(x, total / bins) for x in ends])
 
 
 def diagonal_chart(title: str, x_label: str, pairs: list[tuple[float, float]], note: str, count: Any = None) -> Chart | None:

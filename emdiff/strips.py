@@ -42,7 +42,7 @@ def strip(x: np.ndarray, ends: tuple[float, float], colours: tuple[str, ...] | N
     """
     if colours is not None and x.ndim == 4:
         x = x.mean(1)
-    picture = tile(np.asarray(x, np.float32), columns or len(x))
+    picture = tile(np.asarray(x, np.float32), columns or len(x))[:-1, :-1]
     values = to_uint8(picture, *ends)
     if colours is not None:
         values = palette(colours)[values]

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors", "streams", "settings", "meanings", "charts"},
     {"files", "measurement", "linalg"},
-    {"archive", "denoise", "langevin"},
+    {"archive", "denoise", "langevin", "printing"},
     {"observations"},
     {"accumulate", "guidance", "gaussian"},
     {"nn", "mdae", "scale", "metrics", "calibration", "features", "verdict", "start", "training"},

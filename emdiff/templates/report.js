@@ -40,9 +40,6 @@
   each("[data-step]", (button) => button.addEventListener("click", () => {
     show(Math.min(last, Math.max(0, Number(slider.value) + Number(button.dataset.step))));
   }));
-  window.addEventListener("beforeprint", () => {
-    show(last);
-    each("details", (part) => { part.open = true; });
-  });
+  window.addEventListener("beforeprint", () => show(last));
   show(last);
 })();
