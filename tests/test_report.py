@@ -156,7 +156,7 @@ def test_the_slider_steps_through_the_iterations(images, tmp_path, reader):
     slider.send_keys(Keys.ARROW_LEFT)
     at(1, "iteration 1 of 2")
     slider.send_keys(Keys.HOME)
-    at(0, "start, before iteration 1 of 2")
+    at(0, "start, iteration 0 of 2")
     reader.find("[data-step='1']")[0].click()
     at(1, "iteration 1 of 2")
     ActionChains(reader.driver).move_to_element_with_offset(slider, slider.size["width"] // 2 - 2, 0).click().perform()

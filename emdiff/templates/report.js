@@ -4,7 +4,7 @@
   const words = document.getElementById("announce");
   if (!slider) return;
   const last = Number(slider.max);
-  const name = (k) => (k === 0 ? "start, before iteration 1" : "iteration " + k) + " of " + last;
+  const name = (k) => (k === 0 ? "start, " : "") + "iteration " + k + " of " + last;
   const each = (selector, act) => document.querySelectorAll(selector).forEach(act);
 
   function showFrames(k) {
