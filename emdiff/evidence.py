@@ -1,9 +1,10 @@
 r"""What an evaluation says, as charts and pictures: RUN/evaluation/metrics.json and arrays.npz, of which any part may be missing.
 
 Bands:
-    ranks     n independent ranks over L + 1 bins: each count is Binomial(n, 1 / (L + 1)); the band holds 95 % of it.
+    ranks     n independent data over L + 1 bins: the share of a bin is Binomial(n, 1 / (L + 1)) / n; the band holds 95 % of it. Ranks of several
+              entries per datum are counted together; the band is for entries that agree, so it is wide rather than narrow where they do not.
     TARP      n data, of which a share c lies in regions of level c: Binomial(n, c) / n, likewise.
-    residuals standardised residuals have variance 1, their mean over n data std n^(-1/2); the band is two of these.
+    residuals standardised residuals have variance 1, so their sum over the n data that saw an entry, over n^(1/2), is a z-score; the band is two.
 
 Sources: Validating Bayesian inference algorithms with simulation-based calibration (Talts et al. 2018); Sampling-based accuracy testing of
 posterior estimators for general inference (Lemos et al. 2023).
@@ -91,7 +92,7 @@ def calibration(evaluation: Evaluation) -> list[Chart]:
     pairs = _pairs(arrays, "coverage_levels", "coverage") or coverage
     tarp, count = _pairs(arrays, "tarp_levels", "tarp_coverage"), evaluation.metrics.get("observations_count")
     charts = [
-        rank_chart(_vector(arrays, "rank_counts")),
+        rank_chart(_vector(arrays, "rank_counts"), count),
         diagonal_chart("Coverage against nominal level", "nominal level of the interval", pairs, "On the diagonal: calibrated. Below: too sure."),
         diagonal_chart("TARP: expected coverage", "credibility level", tarp, "On the diagonal: calibrated.", count),
         chi2_chart(_vector(arrays, "chi2")),
@@ -99,18 +100,19 @@ def calibration(evaluation: Evaluation) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
-def rank_chart(counts: np.ndarray) -> Chart | None:
-    """Histogram of the rank of the truth among samples, counts (L + 1,), with the band of the uniform law."""
+def rank_chart(counts: np.ndarray, data: Any = None) -> Chart | None:
+    """Histogram of ranks of the truth among samples, counts (L + 1,), with the band of the uniform law for `data` independent data."""
     if len(counts) < 2 or counts.sum() <= 0:
         return None
     total, bins = int(counts.sum()), len(counts)
-    low, high = binom.ppf([0.025, 0.975], total, 1 / bins)
-    note = "Band: 95 % of the counts, bin by bin, if ranks are uniform and independent. A hump: too wide. A bowl: too sure."
-    chart = Chart("Ranks of the truth among samples", (-0.5, bins - 0.5), (0.0, 1.1 * max(counts.max(), high)), "rank", note)
+    independent = min(int(data), total) if is_number(data) and data >= 1 else total
+    low, high = binom.ppf([0.025, 0.975], independent, 1 / bins) * total / independent
+    note = f"Band: 95 % of each count for {independent} independent data and uniform ranks. A hump: too wide. A bowl: too sure."
+    ends = (-0.5, bins - 0.5)
+    chart = Chart("Ranks of the truth among samples", ends, (0.0, 1.1 * max(counts.max(), high)), "rank", note)
     chart.x_ticks = sorted({0.0, float(bins // 2), float(bins - 1)})
     for i, count in enumerate(counts):
         chart.bar(i - 0.5, i + 0.5, count, f"rank {i}: {int(count)}, expected {total / bins:.4g}")
-    ends = (-0.5, bins - 0.5)
     chart.line("law", [(ends[0], low), (ends[1], low), (ends[1], high), (ends[0], high)])
     return chart.line("target", [(x, total / bins) for x in ends])
 
@@ -145,34 +147,40 @@ def chi2_chart(chi2: np.ndarray, bins: int = 24) -> Chart | None:
 
 
 def residuals(arrays: Arrays) -> tuple[list[Row], Chart | None]:
-    """Mean and root mean square over data of residuals (n, *O): two pictures, or a chart of the mean where O is no image."""
-    residual = arrays.get("residual")
-    if residual is None or not len(residual) or residual.ndim < 2:
+    """Mean (as z-score) and root mean square over data of residuals (n, *O): two pictures, or a chart of the mean where O is no image."""
+    residual = seen_residual(arrays)
+    if residual is None:
         return [], None
+    n = np.isfinite(residual).sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        n = np.isfinite(residual).sum(0)
-        mean = np.where(n > 0, np.nansum(residual, 0) / n, np.nan)
+        z = np.where(n > 0, np.nansum(residual, 0) / np.sqrt(n), np.nan)
         rms = np.where(n > 0, np.sqrt(np.nansum(residual**2, 0) / n), np.nan)
-    spread = 1 / np.sqrt(len(residual))
     if as_images(residual):
-        scale = float(np.nanmax([4 * spread, 1e-6]))
         return [
-            Row(f"mean over {len(residual)} data", strip(mean[None], (-scale, scale), RESIDUAL)),
-            Row(f"root mean square over {len(residual)} data", strip(rms[None], (0, 2), RESIDUAL)),
+            Row(f"mean over {len(residual)} data, in its standard errors", strip(z[None], (-4.0, 4.0), RESIDUAL)),
+            Row(f"root mean square over {len(residual)} data", strip(rms[None], (0.0, 2.0), RESIDUAL)),
         ], None
-    flat = mean.reshape(-1)
+    flat = z.reshape(-1)
     seen = flat[np.isfinite(flat)]
     if not seen.size:
         return [], None
     last = max(len(flat) - 1, 1)
-    chart = Chart("Mean residual by entry", (0.0, float(last)), padded([*seen, 2 * spread, -2 * spread]), "entry of the observation")
-    chart.note = f"Band: two standard errors of {len(residual)} data."
-    chart.band([0, last], [-2 * spread] * 2, [2 * spread] * 2).line("target", [(0, 0), (last, 0)])
+    chart = Chart("Mean residual by entry", (0.0, float(last)), padded([*seen, 3.0, -3.0]), "entry of the observation")
+    chart.note = f"Mean over {len(residual)} data, in its standard errors; the band holds 95 % of the entries if the model is right."
+    chart.band([0, last], [-2, -2], [2, 2]).line("target", [(0, 0), (last, 0)])
     return [], chart.line("line", [(i, v) for i, v in enumerate(flat) if np.isfinite(v)])
 
 
+def seen_residual(arrays: Arrays) -> np.ndarray | None:
+    """Standardised residuals (n, *O), NaN where nothing was observed, which is stored as 0 exactly."""
+    residual = arrays.get("residual")
+    if residual is None or not len(residual) or residual.ndim < 2:
+        return None
+    return np.where(residual == 0, np.nan, residual)
+
+
 def reconstructions(arrays: Arrays) -> list[Block]:
-    """Blocks of the first data and of those with the largest χ²: observation, truth, mean, std and residual."""
+    """Blocks of the first data and of those with the largest χ²: observation, truth, sample, mean, std and residual."""
     mean = arrays.get("mean")
     if mean is None or mean.ndim < 2 or not len(mean):
         return []
@@ -187,12 +195,15 @@ def reconstructions(arrays: Arrays) -> list[Block]:
 
 def image_rows(arrays: Arrays, index: np.ndarray) -> list[Row]:
     """Rows of pictures of the data at `index`."""
+    residual = seen_residual(arrays)
+    arrays = arrays if residual is None else {**arrays, "residual": residual}
     grey = shown_range(arrays["truth" if as_images(arrays.get("truth")) else "mean"])
     std = arrays.get("std")
     spread = float(np.nanpercentile(std, 99.5)) if as_images(std) else 1.0
     scales = {
         "obs": ("observation", shown_range(arrays["obs"]) if as_images(arrays.get("obs")) else grey, None),
         "truth": ("truth", grey, None),
+        "sample": ("one sample", grey, None),
         "mean": ("mean", grey, None),
         "std": ("std", (0.0, max(spread, 1e-12)), SPREAD),
         "residual": ("residual / noise", (-3.0, 3.0), RESIDUAL),

@@ -22,7 +22,7 @@ from emdiff.charts import Chart, nice_ticks, number, padded
 from emdiff.evidence import calibration, figures, is_number, read_evaluation, reconstructions, residuals
 from emdiff.files import one_line, write_atomically
 from emdiff.meanings import FIRST, meaning, order
-from emdiff.runs import finished_rounds
+from emdiff.runs import round_metrics
 from emdiff.strips import file_uri
 
 BUDGET = 9_000_000
@@ -68,7 +68,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     Raises:
         UsageError: if the run is missing or has no finished round, or the file cannot be written.
     """
-    rounds = finished_rounds(run)
+    rounds = round_metrics(run)
     page = render(page_of(run, rounds)).encode("utf-8", "replace")
     out = out or run / "report.html"
     write_atomically(out, lambda temporary: temporary.write_bytes(page))

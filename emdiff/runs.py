@@ -168,12 +168,7 @@ def round_of(prior: Path) -> int:
 
 
 def round_metrics(run: Path) -> list[dict[str, Any]]:
-    """The figures of the start and of all finished rounds of a run folder, in order."""
-    return [json.loads(path.read_text()) for path in [*run.glob("start/metrics.json"), *sorted(run.glob("round_*/metrics.json"))]]
-
-
-def finished_rounds(run: Path) -> list[dict[str, Any]]:
-    """Figures of a run's finished rounds in order, those of the start first.
+    """The figures of the start and of all finished rounds of a run folder, in order.
 
     Raises:
         UsageError: if the folder is missing, has no finished round, or its figures cannot be read.

@@ -19,7 +19,7 @@ from emdiff.cli import main
 from emdiff.evidence import PER_BLOCK, rank_chart, reconstructions, residuals
 from emdiff.figures import save_samples
 from emdiff.report import gallery_frames, write_report
-from emdiff.runs import finished_rounds
+from emdiff.runs import round_metrics
 from emdiff.strips import RESIDUAL, palette
 
 SMALL = ["--train.steps", "20", "--train.start-steps", "30", "--walk.levels", "6", "--wandb", "off", "--device", "cpu"]
@@ -71,7 +71,7 @@ def evaluated(run: Path, to: Path, last: int, **changes) -> Path:
         arrays |= {"tarp_levels": levels, "tarp_coverage": inside}
     metrics = {
         "observations": "obs.npz", "observations_count": len(obs), "samples": last, "iter": last, "seed": 0, "best_iteration": last,
-        "figures": {"chi2": float(chi2.mean()), "coverage_80": 0.61, "ess": None, "novel_figure": 3.25}, "floors": {"chi2": 1.0},
+        "figures": {"chi2": float(chi2.mean()), "coverage_80": 0.61, "mean_drift": None, "novel_figure": 3.25}, "floors": {"chi2": 1.0},
         "verdict": {"level": "warn", "text": "A sentence.", "reasons": ["first reason", "second reason"]}, **changes,
     }  # fmt: skip
     (to / "evaluation").mkdir()
@@ -288,12 +288,12 @@ def test_a_page_is_quick_and_small(tmp_path):
     clock = time.process_time()
     page = write_report(tmp_path)
     assert time.process_time() - clock < 1.0 and page.stat().st_size < 15e6
-    galleries, thinned = gallery_frames(tmp_path, finished_rounds(tmp_path))
+    galleries, thinned = gallery_frames(tmp_path, round_metrics(tmp_path))
     assert not thinned and [len(gallery.frames) for gallery in galleries] == [11, 11, 11]
     for path in (tmp_path / "figures").glob("*.png"):
         path.write_bytes(bytes(1_000_000))
     assert write_report(tmp_path).stat().st_size < 15e6
-    kept = [frame.k for frame in gallery_frames(tmp_path, finished_rounds(tmp_path))[0][0].frames]
+    kept = [frame.k for frame in gallery_frames(tmp_path, round_metrics(tmp_path))[0][0].frames]
     assert kept[0] == 0 and kept[-1] == 10 and len(kept) < 11
 
 
@@ -362,13 +362,14 @@ def test_charts_are_linear_and_upright():
     np.testing.assert_allclose([xm, ym], [x0 + (x1 - x0) / 4, y0 + (y1 - y0) / 4])
 
 
-def test_the_band_of_ranks_holds_uniform_counts():
-    """95 % of uniform counts fall within the band that is drawn, and it is no wider than it has to be."""
-    counts = np.random.default_rng(1).multinomial(340, np.full(17, 1 / 17))
-    chart = rank_chart(counts)
+@pytest.mark.parametrize("entries", [1, 20])
+def test_the_band_of_ranks_holds_uniform_counts(entries):
+    """95 % of uniform counts fall within the band that is drawn, also where all entries of a datum have one rank; and it is no wider than that."""
+    counts = entries * np.random.default_rng(1).multinomial(340, np.full(17, 1 / 17))
+    chart = rank_chart(counts, 340)
     law = next(mark for mark in chart.marks if mark.kind == "law")
     bottom, top = (float(law.points.split()[i].split(",")[1]) for i in (0, 2))
-    low, high = binom.ppf([0.025, 0.975], 340, 1 / 17)
+    low, high = binom.ppf([0.025, 0.975], 340, 1 / 17) * entries
     np.testing.assert_allclose([bottom, top], [chart.at(0, low)[1], chart.at(0, high)[1]], atol=0.06)
     tops = [mark.box[1] for mark in chart.marks if mark.kind == "bar"]
     assert np.argmin(tops) == np.argmax(counts) and np.mean([top <= y <= bottom for y in tops]) > 0.8
@@ -379,15 +380,19 @@ def test_colours_of_residuals_are_white_at_zero_and_opposite_at_the_ends():
     assert colours[127].min() > 240 and colours[0][2] > colours[0][0] + 80 and colours[255][0] > colours[255][2] + 80
 
 
-def test_unseen_entries_leave_the_residual_maps_finite():
+@pytest.mark.parametrize("unseen", [np.nan, 0.0])
+def test_unseen_entries_do_not_enter_the_residual_maps(unseen):
+    """A mask that hides 70 % leaves the z-scores of the mean standard normal; counting hidden zeros would shrink them by half."""
     rng = np.random.default_rng(0)
-    residual = np.where(rng.random((40, 6, 5)) < 0.3, rng.standard_normal((40, 6, 5)), np.nan)
-    residual[:, 2, 2] = np.nan
+    residual = np.where(rng.random((40, 6, 5)) < 0.3, rng.standard_normal((40, 6, 5)), unseen)
+    residual[:, 2, 2] = unseen
     rows, chart = residuals({"residual": residual})
     assert len(rows) == 2 and chart is None and (rows[0].picture.width, rows[0].picture.height) == (5, 6)
     assert residuals({"residual": np.full((4, 7), np.nan)}) == ([], None)
     flat = residuals({"residual": residual.reshape(40, 30)})[1]
-    assert len(next(mark for mark in flat.marks if mark.kind == "line").points.split()) == 29
+    heights = [float(point.split(",")[1]) for point in next(mark for mark in flat.marks if mark.kind == "line").points.split()]
+    unit = flat.at(0, 0)[1] - flat.at(0, 1)[1]
+    assert len(heights) == 29 and np.std(heights) / unit == pytest.approx(1, abs=0.3)
 
 
 def test_the_worst_data_are_those_with_the_largest_chi2():
