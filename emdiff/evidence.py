@@ -93,7 +93,9 @@ def calibration(evaluation: Evaluation) -> list[Chart]:
     tarp, count = _pairs(arrays, "tarp_levels", "tarp_coverage"), evaluation.metrics.get("observations_count")
     charts = [
         rank_chart(_vector(arrays, "rank_counts"), count),
-        diagonal_chart("Coverage against nominal level", "nominal level of the interval", pairs, "On the diagonal: calibrated. Below: too sure."),
+        diagonal_chart(
+            "Coverage against nominal level", "nominal level of the interval", pairs, "On the diagonal: calibrated. Below: too sure. Above: too wide."
+        ),
         diagonal_chart("TARP: expected coverage", "credibility level", tarp, "On the diagonal: calibrated.", count),
         chi2_chart(_vector(arrays, "chi2")),
     ]

@@ -18,7 +18,8 @@ from emdiff.charts import Chart, nice_ticks, words
 from emdiff.cli import main
 from emdiff.evidence import PER_BLOCK, rank_chart, reconstructions, residuals
 from emdiff.figures import save_samples
-from emdiff.report import gallery_frames, write_report
+from emdiff.meanings import meaning
+from emdiff.report import gallery_frames, page_of, write_report
 from emdiff.runs import round_metrics
 from emdiff.strips import RESIDUAL, palette
 
@@ -295,6 +296,20 @@ def test_a_page_is_quick_and_small(tmp_path):
     assert write_report(tmp_path).stat().st_size < 15e6
     kept = [frame.k for frame in gallery_frames(tmp_path, round_metrics(tmp_path))[0][0].frames]
     assert kept[0] == 0 and kept[-1] == 10 and len(kept) < 11
+
+
+def test_all_that_evaluate_finds_is_shown_in_words(images, tmp_path):
+    """The page of a run that the real `emdiff evaluate` judged: verdict, every figure with a meaning, every chart and picture."""
+    run = shutil.copytree(images, tmp_path / "run")
+    main(["evaluate", "--run", f"{run}", "--observations", f"{images.parent}/obs.npz", "--samples", "4", "--prior-samples", "50", "--device", "cpu"])
+    found = json.loads((run / "evaluation/metrics.json").read_text())
+    page = page_of(run, round_metrics(run))
+    shown = {name: value for table in page["tables"] for name, value, *_ in table["rows"]}
+    assert shown == {name: value for name, value in found["figures"].items() if value is not None} and len(shown) > 25
+    assert all(meaning(name).label != name for name in shown)
+    assert page["verdict"] == found["verdict"] and found["verdict"]["text"] in write_report(run).read_text()
+    assert len(page["calibration"]) == 4 and len(page["residual_rows"]) == 2
+    assert [row.label for row in page["blocks"][0].rows] == ["observation", "truth", "one sample", "mean", "std", "residual / noise"]
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 torn"])
