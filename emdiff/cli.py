@@ -1,4 +1,4 @@
-"""The command line: `emdiff observe | fit | sample | reconstruct | evaluate`. Torch is imported when a command runs: --help answers at once."""
+"""The command line: `emdiff observe | fit | sample | reconstruct | evaluate | report`. Torch is imported when a command runs: --help is quick."""
 
 import re
 import sys
@@ -213,6 +213,26 @@ def evaluate(
     )  # fmt: skip
 
 
+def report(run: str, out: Optional[str] = None, pdf: Optional[str] = None) -> None:
+    """Write a page on a run: figures over iterations, pictures, the evaluation if there is one. One file that works offline.
+
+    Args:
+        run: Run folder of `emdiff fit`.
+        out: File to write, .html; report.html in the run folder by default.
+        pdf: Print the page to this .pdf too; needs Chromium.
+    """
+    _suffix("--out", out or "report.html", (".html",))
+    _suffix("--pdf", pdf or "report.pdf", (".pdf",))
+    from emdiff.printing import find_browser, write_pdf
+    from emdiff.report import write_report
+
+    browser = find_browser() if pdf else ""
+    page = write_report(Path(run), Path(out) if out else None)
+    print(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB); open it in a browser")
+    if pdf:
+        print(f"printed: {write_pdf(page, Path(pdf), browser)}")
+
+
 def _positive(name: str, value: float) -> None:
     if not 0 < value < float("inf"):
         raise UsageError(f"{name} is {value:g}; it has to be a positive, finite number in the units of the data")
@@ -238,7 +258,7 @@ class Parser(ArgumentParser):
         sys.exit(2)
 
 
-COMMANDS = {"observe": observe, "fit": fit, "sample": sample, "reconstruct": reconstruct, "evaluate": evaluate}
+COMMANDS = {"observe": observe, "fit": fit, "sample": sample, "reconstruct": reconstruct, "evaluate": evaluate, "report": report}
 
 
 def dashes(argument: str) -> str:
