@@ -26,6 +26,7 @@ from emdiff.metrics import residual_chi2, truth_figures
 from emdiff.observations import Observations, read_data, read_observations, read_truth
 from emdiff.posterior import check_shape, run_walk, sample_posterior
 from emdiff.prior import choose_network, load_prior, sample_prior
+from emdiff.report import write_report
 from emdiff.runs import FREE, Run, fingerprint, latest_prior, round_metrics, round_of, versions
 from emdiff.scale import Scale, estimate_scale
 from emdiff.start import choose_start
@@ -88,6 +89,7 @@ class Console:
         history = [self.run.metrics(j) for j in range(k + 1)]
         save_progress(folder / "progress.png", history)
         self.tracker.log(metrics, {**pictures, "rows": rows})
+        write_report(self.run.path)
 
     def close(self) -> None:
         """End the current bar."""
@@ -131,8 +133,8 @@ def fit_command(config: Config) -> None:
         console.close()
         tracker.artifact(out / "report.html")
         tracker.close()
-    print(f"prior: {latest_prior(out)}   pictures: {out / 'figures'}   figures: {out / 'metrics.jsonl'}")
-    print(f"next: emdiff sample --run {out} --out samples.npz; emdiff reconstruct --run {out} --observations {path}")
+    print(f"prior: {latest_prior(out)}   report: {out / 'report.html'}   pictures: {out / 'figures'}   figures: {out / 'metrics.jsonl'}")
+    print(f"next: emdiff evaluate --run {out} --observations {path}; emdiff sample --run {out} --out samples.npz")
 
 
 def make_plan(config: Config, data: Observations, scale: Scale, device: str) -> tuple[Plan, dict[str, str]]:
@@ -293,6 +295,8 @@ def evaluate_command(
              "features": features, "versions": versions()}  # fmt: skip
     verdict = write_evaluation(out, about, found, history, rival)
     mode = wandb or yaml.safe_load((run / "config.yaml").read_text()).get("wandb", "off")
+    if out == run / "evaluation":
+        write_report(run)
     tracker = Tracker(mode, run, {}, warn=lambda line: print(f"note: {line}"))
     tracker.evaluation(json.loads((out / "metrics.json").read_text()), found.arrays)
     tracker.artifact(run / "report.html")
@@ -302,7 +306,7 @@ def evaluate_command(
     for reason in verdict.reasons:
         print(f"  - {reason}")
     print(f"figures: {out / 'metrics.json'}   arrays: {out / 'arrays.npz'}")
-    print(f"next: emdiff report --run {run}")
+    print(f"next: open {run / 'report.html'}")
 
 
 def read_matching_truth(path: Path, data: Observations, demanded: bool) -> Tensor | None:
