@@ -19,7 +19,8 @@ from emdiff.verdict import score
 ROOT = Path(__file__).parent.parent
 SMALL = ["--train.steps", "10", "--train.start-steps", "10", "--walk.levels", "4", "--device", "cpu"]
 FIT = ["fit", "--observations", "obs.npz", "--out", "run", *SMALL]
-EVALUATE = ["evaluate", "--run", "run", "--observations", "obs.npz", "--count", "40", "--samples", "4", "--prior-samples", "40", "--device", "cpu", "--wandb", "off"]
+EVALUATE = ["evaluate", "--run", "run", "--observations", "obs.npz", "--count", "40", "--samples", "4", "--prior-samples", "40"]
+EVALUATE += ["--device", "cpu", "--wandb", "off"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
