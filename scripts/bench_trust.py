@@ -26,14 +26,14 @@ from emdiff.runs import latest_prior, round_metrics
 from emdiff.verdict import best_iteration, judge
 
 WITHOUT_TRUTH = ("chi2", "sliced_wasserstein_ratio", "energy_ratio")
-WITH_TRUTH = ("coverage_50", "coverage_80", "coverage_95", "sbc_deviation", "tarp", "crps", "error_mean")
+WITH_TRUTH = ("coverage_50", "coverage_80", "coverage_95", "coverage_80_weighted", "sbc_deviation", "tarp", "crps", "error_mean")
 
 
 def chosen(run: Path) -> dict[str, float]:
-    """The iteration kept without truth, and its error over the least one from iteration 2 on, whose samples are the first of a trained prior."""
-    history = [row for row in round_metrics(run) if row["iter"] > 1]
+    """The prior kept without truth, and the error of its samples, those of the round after it, over the least of any prior."""
+    history = round_metrics(run)
     k = best_iteration(history)
-    errors = {row["iter"]: row["error"] for row in history}
+    errors = {row["iter"] - 1: row["error"] for row in history if row["iter"] > 1}
     best = min(errors, key=errors.__getitem__)
     return {"picked": float(k), "best_by_error": float(best), "error_over_best": errors[k] / errors[best]}
 
