@@ -1,12 +1,13 @@
 """How near does `emdiff fit` come to references that are exact, or that others have published? Prints a table and one JSON line.
 
-    python scripts/bench_exact.py                              all three parts
-    python scripts/bench_exact.py --quick                      all three in under a minute, sizes too small for the figures to mean much
-    python scripts/bench_exact.py --only manifold --seeds 0    one part; gaussian, mixtures or manifold
+    python scripts/bench_exact.py                              all parts
+    python scripts/bench_exact.py --quick                      all parts in about a minute, sizes too small for the figures to mean much
+    python scripts/bench_exact.py --only manifold --seeds 0    one part of the four below
 
 gaussian    Gaussian x behind masks and noise, against the maximum-likelihood estimate (exact_gaussian.py)
 mixtures    points in the plane with full noise covariances, against extreme deconvolution (exact_mixtures.py)
-manifold    a curve in five dimensions behind random projections, by Sinkhorn divergence and exact transport (exact_manifold.py)
+guidance    moment matching on a curve with an exact denoiser, against the exact posterior (exact_guidance.py)
+manifold    the curve learned from random projections, by Sinkhorn divergence and exact transport (exact_manifold.py)
 
 Every fit is the command itself, in a process of its own; finished runs in --folder are continued, not repeated, and `seconds` then are those of the
 last process alone. Needs the extra `bench`: pip install -e '.[bench]'.
@@ -22,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import exact_gaussian
+import exact_guidance
 import exact_manifold
 import exact_mixtures
 import torch
 
 import emdiff
 
-PARTS = ("gaussian", "mixtures", "manifold")
+PARTS = ("gaussian", "mixtures", "guidance", "manifold")
 
 
 def run(part: str, seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -37,6 +39,8 @@ def run(part: str, seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
         return [exact_gaussian.fit(args.folder, seed, args.quick)]
     if part == "mixtures":
         return [exact_mixtures.compare(name, args.folder, seed, args.quick) for name in exact_mixtures.TRUTHS[: 1 if args.quick else None]]
+    if part == "guidance":
+        return [exact_guidance.run(seed, args.quick)]
     return [exact_manifold.fit(args.folder, seed, args.quick, args.count, args.iters)]
 
 
