@@ -1,7 +1,7 @@
 r"""Where chains restart: samples of the prior, chosen by what the observations say of them.
 
 Moment matching holds where tau is small, and a chain that re-enters there never leaves the neighbourhood it was in: under a prior with several ways
-to explain an observation, the chains of an E-step are stuck with those of the first samples. Walked down from coarse levels instead, 5 to 8 % of
+to explain an observation, the chains of an E-step are stuck with those of the first samples. Walked down from coarse levels instead, 2 to 6 % of
 chains ended where their observation rules them out, on a curve in five dimensions with an exact denoiser (docs/exact.md). Sampling-importance-
 resampling has neither fault. With x_j ~ p(x), j = 1..J, one pool for all data,
 
