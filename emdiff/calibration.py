@@ -70,6 +70,23 @@ def coverage(u: Tensor, level: float) -> float:
     return float(((2 * u - 1).abs() <= level).double().mean())
 
 
+def weighted_coverage(samples: Tensor, truth: Tensor, level: float, generator: torch.Generator | None = None) -> float:
+    """Coverage in which every entry counts by its posterior variance, so that entries which hardly vary do not decide.
+
+    Half of the samples give the variances and the other half the ranks: weights and ranks taken from the same samples would depend on each other.
+
+    Args:
+        samples: (N, L, *S), L at least 4.
+        truth: (N, *S).
+        level: Of the central interval.
+        generator: Source of randomness.
+    """
+    weight, rest = samples[:, ::2].double().var(1), samples[:, 1::2]
+    u = spread_ranks(ranks(rest, truth, generator), rest.shape[1], generator)
+    inside = ((2 * u - 1).abs() <= level).double()
+    return float((weight * inside).sum() / weight.sum().clamp(min=1e-300))
+
+
 def uniformity(u: Tensor) -> Uniformity:
     """Test spread ranks u (N, T) of T statistics of N independent data."""
     tests = [kstest(column.numpy(), "uniform") for column in u.double().T]

@@ -1,4 +1,4 @@
-"""The command line: `emdiff observe | fit | sample | reconstruct | evaluate`. Torch is imported when a command runs: --help answers at once."""
+"""The command line: `emdiff observe | fit | sample | reconstruct | evaluate | report`. Torch is imported when a command runs: --help is quick."""
 
 import re
 import sys
@@ -177,6 +177,7 @@ def evaluate(
     uint8_range: bool = False,
     seed: int = 0,
     device: Device = "auto",
+    wandb: Optional[Literal["auto", "online", "offline", "off"]] = None,
 ) -> None:
     """Say whether a fit can be believed, without clean data; and with them, how far it is from the best possible.
 
@@ -196,6 +197,7 @@ def evaluate(
         uint8_range: Accept uint8 observations and divide them by 255.
         seed: Seed.
         device: Where to run.
+        wandb: Log the figures to the W&B run of the fit as eval/NAME, with calibration tables and the report. Unset: as the fit did.
     """
     from emdiff.commands import evaluate_command
     from emdiff.observations import read_observations
@@ -207,8 +209,28 @@ def evaluate(
         raise UsageError(f"--count is {count}; {observations} holds {len(data)} observations, give 2 to {len(data)}")
     evaluate_command(
         Path(run), Path(observations), data.rows(slice(0, count)), Path(truth or observations), truth is not None, samples, prior_samples,
-        Path(oracle) if oracle else None, features, Path(out) if out else Path(run) / "evaluation", seed, device,
+        Path(oracle) if oracle else None, features, Path(out) if out else Path(run) / "evaluation", seed, device, wandb,
     )  # fmt: skip
+
+
+def report(run: str, out: Optional[str] = None, pdf: Optional[str] = None) -> None:
+    """Write a page on a run: figures over iterations, pictures, the evaluation if there is one. One file that works offline.
+
+    Args:
+        run: Run folder of `emdiff fit`.
+        out: File to write, .html; report.html in the run folder by default.
+        pdf: Print the page to this .pdf too; needs Chromium.
+    """
+    _suffix("--out", out or "report.html", (".html",))
+    _suffix("--pdf", pdf or "report.pdf", (".pdf",))
+    from emdiff.printing import find_browser, write_pdf
+    from emdiff.report import write_report
+
+    browser = find_browser() if pdf else ""
+    page = write_report(Path(run), Path(out) if out else None)
+    print(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB); open it in a browser")
+    if pdf:
+        print(f"printed: {write_pdf(page, Path(pdf), browser)}")
 
 
 def _positive(name: str, value: float) -> None:
@@ -236,7 +258,7 @@ class Parser(ArgumentParser):
         sys.exit(2)
 
 
-COMMANDS = {"observe": observe, "fit": fit, "sample": sample, "reconstruct": reconstruct, "evaluate": evaluate}
+COMMANDS = {"observe": observe, "fit": fit, "sample": sample, "reconstruct": reconstruct, "evaluate": evaluate, "report": report}
 
 
 def dashes(argument: str) -> str:

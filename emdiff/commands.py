@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,6 +28,7 @@ from emdiff.observations import Observations, read_data, read_observations, read
 from emdiff.pool import applies, noise
 from emdiff.posterior import check_shape, default_pool, default_tau_first, run_walk, sample_posterior
 from emdiff.prior import choose_network, load_prior, sample_prior
+from emdiff.report import write_report
 from emdiff.runs import FREE, Run, fingerprint, latest_prior, round_metrics, round_of, versions
 from emdiff.scale import Scale, estimate_scale
 from emdiff.start import choose_start
@@ -84,10 +86,12 @@ class Console:
         folder = self.run.path / "figures"
         for name, x in pictures.items():
             save_samples(folder / f"{name}_{k:03d}.png", x, f"{name}, iteration {k}")
-        save_rows(folder / f"rows_{k:03d}.png", {**self.fixed, "sample": pictures["samples"][:12]})
+        rows = folder / f"rows_{k:03d}.png"
+        save_rows(rows, {**self.fixed, "sample": pictures["samples"][:12]})
         history = [self.run.metrics(j) for j in range(k + 1)]
         save_progress(folder / "progress.png", history)
-        self.tracker.log(metrics, pictures)
+        self.tracker.log(metrics, {**pictures, "rows": rows})
+        write_report(self.run.path)
 
     def close(self) -> None:
         """End the current bar."""
@@ -129,9 +133,10 @@ def fit_command(config: Config) -> None:
         run_fit(data, scale, plan, run, console, (lambda x: truth_figures(x, truth)) if truth is not None else (lambda x: {}))
     finally:
         console.close()
+        tracker.artifact(out / "report.html")
         tracker.close()
-    print(f"prior: {latest_prior(out)}   pictures: {out / 'figures'}   figures: {out / 'metrics.jsonl'}")
-    print(f"next: emdiff sample --run {out} --out samples.npz; emdiff reconstruct --run {out} --observations {path}")
+    print(f"prior: {latest_prior(out)}   report: {out / 'report.html'}   pictures: {out / 'figures'}   figures: {out / 'metrics.jsonl'}")
+    print(f"next: emdiff evaluate --run {out} --observations {path}; emdiff sample --run {out} --out samples.npz")
 
 
 def make_plan(config: Config, data: Observations, scale: Scale, device: str) -> tuple[Plan, dict[str, str]]:
@@ -288,7 +293,7 @@ def reconstruct_command(run: Path, data: Observations, samples: int, out: Path, 
 
 def evaluate_command(
     run: Path, file: Path, data: Observations, truth_file: Path, demanded: bool, samples: int, prior_samples: int,
-    oracle: Path | None, features: str, out: Path, seed: int, device: str,
+    oracle: Path | None, features: str, out: Path, seed: int, device: str, wandb: str | None,
 ) -> None:  # fmt: skip
     """`emdiff evaluate`."""
     device = resolve_device(device)
@@ -306,12 +311,19 @@ def evaluate_command(
     about = {"run": run.name, "observations": str(file), "observations_count": len(data), "samples": samples, "iter": iteration, "seed": seed,
              "features": features, "versions": versions()}  # fmt: skip
     verdict = write_evaluation(out, about, found, history, rival)
+    mode = wandb or yaml.safe_load((run / "config.yaml").read_text()).get("wandb", "off")
+    if out == run / "evaluation":
+        write_report(run)
+    tracker = Tracker(mode, run, {}, warn=lambda line: print(f"note: {line}"))
+    tracker.evaluation(json.loads((out / "metrics.json").read_text()), found.arrays)
+    tracker.artifact(run / "report.html")
+    tracker.close()
     print_evaluation(found, rival)
     print(f"verdict: {verdict.text}")
     for reason in verdict.reasons:
         print(f"  - {reason}")
     print(f"figures: {out / 'metrics.json'}   arrays: {out / 'arrays.npz'}")
-    print(f"next: emdiff report --run {run}")
+    print(f"next: open {run / 'report.html'}")
 
 
 def read_matching_truth(path: Path, data: Observations, demanded: bool) -> Tensor | None:

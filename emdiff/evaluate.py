@@ -125,6 +125,7 @@ def with_truth(data: Observations, x: Tensor, truth: Tensor, generator: torch.Ge
         "std_ratio": float(x.std() / truth.std()),
         "sharpness": cal.interval_width(x, 0.8),
         **{f"coverage_{round(100 * c)}": cal.coverage(u, c) for c in cal.LEVELS},
+        "coverage_80_weighted": cal.weighted_coverage(x, truth, 0.8, generator),
         "sbc_pvalue": test.pvalue,
         "sbc_deviation": test.deviation,
         "tarp_pvalue": cal.uniformity(t[:, None]).pvalue,

@@ -168,8 +168,22 @@ def round_of(prior: Path) -> int:
 
 
 def round_metrics(run: Path) -> list[dict[str, Any]]:
-    """The figures of the start and of all finished rounds of a run folder, in order."""
-    return [json.loads(path.read_text()) for path in [*run.glob("start/metrics.json"), *sorted(run.glob("round_*/metrics.json"))]]
+    """The figures of the start and of all finished rounds of a run folder, in order.
+
+    Raises:
+        UsageError: if the folder is missing, has no finished round, or its figures cannot be read.
+    """
+    if not run.is_dir():
+        raise UsageError(f"{run}: there is no such run folder; give the one that `emdiff fit` named in its last line")
+    rounds: list[dict[str, Any]] = []
+    while (path := run / (f"round_{len(rounds):03d}" if rounds else "start") / "metrics.json").is_file():
+        try:
+            rounds.append({**json.loads(path.read_text()), "iter": len(rounds)})
+        except (OSError, ValueError, TypeError) as error:
+            raise UsageError(f"{path}: cannot be read ({error}); remove it and run the same `emdiff fit` again") from error
+    if not rounds:
+        raise UsageError(f"{run}: this run has no finished round yet; run `emdiff fit` to its first round")
+    return rounds
 
 
 def versions() -> dict[str, str | None]:

@@ -4,7 +4,8 @@ Every rule compares a figure with what it would be if the fit were right, and na
 
     score_k = |log chi2_k| / 0.02  +  log(max(agreement_k, 1)) / 0.1,
 
-both terms measured in what is still unremarkable for them: chi2 within 2 %, agreement within 10 % of that between two halves of the observations.
+both terms measured in what is still unremarkable for them: chi2 within 2 %, agreement within 10 % of that between two halves of the observations; of iterations whose
+scores differ by less than 1 the last is kept.
 Neither term alone decides: a collapsed prior can have chi2 near 1, a prior that is too broad agrees after the noise is added.
 """
 
@@ -40,20 +41,27 @@ def score(metrics: Mapping[str, Any]) -> float:
     return abs(math.log(chi2)) / 0.02 + math.log(max(agreement, 1.0)) / 0.1
 
 
-def best_iteration(history: Sequence[Mapping[str, Any]]) -> int | None:
-    """The iteration with the least score, the later one of equals; None where no round has one.
+def scores(history: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """score_k of each prior k that has one: chi2 is of the samples drawn with it, which are those of round k + 1, the agreement of round k."""
+    after = {row["iter"]: row.get("chi2", math.nan) for row in history}
+    found = {row["iter"]: score({**row, "chi2": after.get(row["iter"] + 1, math.nan)}) for row in history if row["iter"] > 0}
+    return {k: value for k, value in found.items() if math.isfinite(value)}
 
-    >>> best_iteration([{"iter": 1, "chi2": 0.9, "observation_agreement": 1.1}, {"iter": 2, "chi2": 1.0, "observation_agreement": 1.1}])
+
+def best_iteration(history: Sequence[Mapping[str, Any]]) -> int | None:
+    """The last iteration whose score is within 1, which is unremarkable, of the least; None where no round has one.
+
+    >>> best_iteration([{"iter": k, "chi2": c, "observation_agreement": 1.1} for k, c in enumerate([1.0, 1.0, 0.9, 1.01, 0.95])])
     2
     """
-    scored = [(score(row), -row["iter"]) for row in history if row["iter"] > 0 and math.isfinite(score(row))]
-    return -min(scored)[1] if scored else None
+    found = scores(history)
+    return max((k for k, value in found.items() if value <= min(found.values()) + 1), default=None)
 
 
 def should_stop(history: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the best iteration lies PATIENCE iterations back."""
-    best = best_iteration(history)
-    return best is not None and history[-1]["iter"] - best >= PATIENCE
+    """Whether the least score lies PATIENCE iterations before the last one that has a score."""
+    found = scores(history)
+    return bool(found) and max(found) - min(found, key=found.__getitem__) >= PATIENCE
 
 
 def drift(history: Sequence[Mapping[str, Any]], name: str, unit: float, last: int = 5) -> float:
@@ -101,7 +109,7 @@ def _distribution(f: Mapping[str, float]) -> list[Finding]:
     worst = max((f.get(f"{name}_ratio", math.nan) for name in ("sliced_wasserstein", "energy")), key=lambda r: -math.inf if math.isnan(r) else r)
     if worst > 1.5:
         level = "bad" if worst > 3 else "warn"
-        found.append((level, f"re-observed prior samples are {worst:.2f} times as far from the observations as half of these; give more iterations"))
+        found.append((level, f"re-observed prior samples are {worst:.2f} times as far from observations as half of these; give more iterations"))
     for name, what in (("std_drift", "std"), ("mean_drift", "mean")):
         if abs(f.get(name, 0.0)) > 0.01:
             found.append(("warn", f"the {what} of the samples still moves by {f[name]:+.1%} of the data's std per iteration; give more iterations"))
@@ -122,11 +130,11 @@ def _numerics(f: Mapping[str, float]) -> list[Finding]:
 def _calibration(f: Mapping[str, float]) -> list[Finding]:
     """With truth only."""
     found = []
-    covered = f.get("coverage_80", math.nan)
+    covered = f.get("coverage_80_weighted", math.nan)
     if abs(covered - 0.8) > 0.05:
         level = "bad" if abs(covered - 0.8) > 0.15 else "warn"
         kind = "too narrow" if covered < 0.8 else "too wide"
-        found.append((level, f"the 80 % intervals hold the truth in {covered:.0%} of the entries: the spread of the samples is {kind}"))
+        found.append((level, f"the 80 % intervals hold the truth in {covered:.0%} of the entries, by variance: the spread of the samples is {kind}"))
     if f.get("std_ratio", 1.0) and abs(f.get("std_ratio", 1.0) - 1) > 0.05:
         found.append(("warn", f"the samples' std is {f['std_ratio']:.3f} times the truth's"))
     return found

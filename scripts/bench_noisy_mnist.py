@@ -33,6 +33,7 @@ from torch import Tensor
 
 import emdiff
 from emdiff.em import Draws, PairLoss, Walk, e_step
+from emdiff.fit import level_maps
 from emdiff.metrics import FeatureDistance, residual_chi2
 from emdiff.observations import Observations, read_observations, read_truth
 from emdiff.posterior import run_walk
@@ -56,6 +57,23 @@ def command(*arguments: str) -> tuple[float, float]:
     return time.perf_counter() - clock, usage.ru_maxrss / 1e6
 
 
+def fit_run(folder: Path, data: Path, observer: str, count: int, start: str, seed: int, iters: int, quick: bool) -> tuple[Path, Path]:
+    """Observe and fit, or continue, or find what is there; returns the run folder, with what it cost in cost.json, and the observations."""
+    noise, keep = (0.5, []) if observer == "identity" else (0.1, ["--observer.keep", "0.25"])
+    file, out = folder / f"{observer}-{count}-{seed}.npz", folder / f"{observer}-{count}-{start}-{seed}"
+    if not file.is_file():
+        drawn = ["--observer", observer, *keep, "--noise-std", str(noise), "--count", str(count), "--seed", str(seed)]
+        command("observe", "--data", str(data), *drawn, "--out", str(file))
+    cost = out / "cost.json"
+    spent = json.loads(cost.read_text()) if cost.is_file() else {"seconds": 0.0, "peak_gb": 0.0, "iters": 0}
+    if iters > spent["iters"]:
+        short = ["--train.steps", "30", "--train.start_steps", "60", "--walk.levels", "8"] if quick else []
+        flags = ["--iters", str(iters), "--start", start, "--seed", str(seed), "--wandb", "off", "--out", str(out), *short]
+        seconds, peak = command("fit", "--observations", str(file), *flags)
+        cost.write_text(json.dumps({"seconds": spent["seconds"] + seconds, "peak_gb": max(peak, spent["peak_gb"]), "iters": iters}))
+    return out, file
+
+
 class Bench:
     """Data, features and settings shared by all runs."""
 
@@ -76,24 +94,10 @@ class Bench:
     def fit(self, seed: int) -> dict[str, float]:
         """Observe and fit with one seed; returns its figures."""
         a = self.args
-        noise, count = (0.5, a.count) if a.observer == "identity" else (0.1, a.count)
-        file = a.folder / f"{a.observer}-{count}-{seed}.npz"
-        out = a.folder / f"{a.observer}-{count}-{a.start}-{seed}"
-        observer = ["--observer", a.observer] + (["--observer.keep", "0.25"] if a.observer == "mask" else [])
-        if not file.is_file():
-            command(
-                "observe", "--data", str(a.data), *observer, "--noise-std", str(noise), "--count", str(count), "--seed", str(seed), "--out", str(file)
-            )
-        quick = ["--train.steps", "30", "--train.start_steps", "60", "--walk.levels", "8"] if a.quick else []
-        flags = ["--iters", str(a.iters), "--start", a.start, "--seed", str(seed), "--wandb", "off", "--out", str(out), *quick]
-        seconds, peak = command("fit", "--observations", str(file), *flags)
-        cost = out / "cost.json"
-        spent = json.loads(cost.read_text()) if cost.is_file() else {"seconds": 0.0, "peak_gb": 0.0, "iters": 0}
-        if a.iters > spent["iters"]:
-            spent = {"seconds": spent["seconds"] + seconds, "peak_gb": max(peak, spent["peak_gb"]), "iters": a.iters}
-            cost.write_text(json.dumps(spent))
+        out, file = fit_run(a.folder, a.data, a.observer, a.count, a.start, seed, a.iters, a.quick)
         figures = self.figures(out, file, seed)
         print(f"seed {seed}: {json.dumps(figures)}", file=sys.stderr, flush=True)
+        spent = json.loads((out / "cost.json").read_text())
         return {**figures, "seconds": spent["seconds"], "peak_gb": spent["peak_gb"]}
 
     def figures(self, out: Path, file: Path, seed: int) -> dict[str, float]:
@@ -157,19 +161,19 @@ class Bench:
         file = a.folder / f"{a.observer}-{a.count}-{seed}.npz"
         data, truth = read_observations(file), read_truth(file)
         scale: Scale = estimate_scale(data, stream(seed, "scale"))
-        path, walk = a.folder / f"oracle-{a.count}-{seed}.safetensors", Walk()
+        standard = scale.observations(data)
+        path, maps = a.folder / f"oracle-{a.observer}-{a.count}-{seed}.safetensors", level_maps(standard)
+        walk = run_walk(a.folder / f"{a.observer}-{a.count}-{a.start}-{seed}", data, "cpu")
         if not path.is_file():
             torch.manual_seed(stream_seed(seed, "oracle"))
-            network = choose_network((28, 28))
+            network = choose_network((28, 28), maps is not None)
             x = scale.standardise(truth)
             denoiser = set_precision(build_network((28, 28), **network), "cpu")
             steps = 60 if a.quick else 2000
-            trained = train(denoiser, PairLoss(Draws(x, x, 0.0), walk.tau_last), len(x), steps, rate=2e-3, seed=seed)
+            trained = train(denoiser, PairLoss(Draws(x, x, 0.0), walk.tau_last, maps), len(x), steps, rate=2e-3, seed=seed)
             save_prior(path, Prior(trained.denoiser, scale, (28, 28), walk.tau_last, network))
         prior = load_prior(path)
-        if a.observer != "identity":
-            return {"oracle_frechet": self.prior_distance(prior, seed)}
-        x = scale.restore(e_step(prior.denoiser, scale.observations(data), None, walk, stream(seed, "bench oracle")).x)
+        x = scale.restore(e_step(prior.denoiser, standard, None, walk, stream(seed, "bench oracle")).x)
         figures = self.posterior_figures(data, truth, x) | {"error_mean8": self.mean_error(prior, data, truth, walk, seed)}
         return {f"oracle_{name}": value for name, value in figures.items()} | {"oracle_frechet": self.prior_distance(prior, seed)}
 

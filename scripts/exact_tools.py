@@ -9,8 +9,6 @@ import sys
 import time
 from typing import Any
 
-import numpy as np
-import ot
 import torch
 from torch import Tensor
 
@@ -32,11 +30,15 @@ def row(part: str, seed: int, figures: dict[str, Any]) -> dict[str, Any]:
 
 def transport(a: Tensor, b: Tensor) -> float:
     """The exact optimal transport cost W_2^2 between samples (n, d) and (m, d): least mean squared displacement. POT's emd2."""
+    import ot  # here, so that the tests that share these files need no POT
+
     return float(ot.emd2([], [], ot.dist(a.double().numpy(), b.double().numpy()), numItermax=10**8))
 
 
 def entropic(a: Tensor, b: Tensor, reg: float, iterations: int) -> float:
     """<P, |a - b|^2> of the entropic plan P, as POT's sinkhorn2 returns it, in the log domain."""
+    import ot
+
     cost = torch.cdist(a.double(), b.double()).square().float()
     return float(ot.sinkhorn2([], [], cost, reg, method="sinkhorn_log", numItermax=iterations, stopThr=1e-3 / len(a), warn=False))
 
@@ -46,8 +48,3 @@ def sinkhorn_divergence(a: Tensor, b: Tensor, reg: float = 0.05, iterations: int
     T = lambda a, b: entropic(a, b, reg, iterations)  # noqa: E731
     return T(a, b) - T(a, a) / 2 - T(b, b) / 2
 
-
-def subset(x: np.ndarray | Tensor, count: int, seed: int) -> Tensor:
-    """count random rows of x (n, d)."""
-    x = torch.as_tensor(x)
-    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:count]]

@@ -49,6 +49,15 @@ def test_coverage_is_the_level_for_any_number_of_samples_and_known_where_the_spr
     assert cal.coverage(u, level) == pytest.approx(expected, abs=0.05)
 
 
+def test_weighted_coverage_looks_where_the_variance_is_and_has_no_bias() -> None:
+    """Entry 0: calibrated, variance 1; entry 1: hardly varies and always covers; few samples, so weights fluctuate."""
+    scale = torch.tensor([1.0, 0.01])
+    samples, truth = scale * normal(20_000, 6, 2, seed=1), torch.stack([normal(20_000, seed=2), torch.zeros(20_000)], dim=1)
+    assert cal.weighted_coverage(samples, truth, 0.8, generator()) == pytest.approx(0.8, abs=0.02)
+    u = cal.spread_ranks(cal.ranks(samples, truth, generator()), 6, generator(1))
+    assert cal.coverage(u, 0.8) > 0.87
+
+
 @pytest.mark.parametrize(("factor", "shift"), [(1.0, 0.0), (0.8, 0.0), (1.3, 0.0), (1.0, 0.2)])
 def test_calibrated_samples_pass_and_others_fail(factor: float, shift: float) -> None:
     samples, truth = posterior_samples(factor, shift)

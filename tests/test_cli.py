@@ -146,7 +146,7 @@ def test_print_config_round_trips(capsys):
     assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(Path("c.yaml").read_text())
 
 
-@pytest.mark.parametrize("name", sorted(p.name for p in (Path(__file__).parent.parent / "configs").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(p.name for p in (Path(__file__).parent.parent / "configs").glob("*.yaml") if p.name != "sweep.yaml"))
 def test_shipped_configurations_are_valid(name, capsys):
     path = Path(__file__).parent.parent / "configs" / name
     with pytest.raises(SystemExit) as stop:

@@ -7,9 +7,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
-    {"errors", "streams", "settings"},
+    {"errors", "streams", "settings", "meanings", "charts"},
     {"files", "measurement", "linalg"},
-    {"archive", "denoise", "langevin"},
+    {"archive", "denoise", "langevin", "printing"},
     {"observations"},
     {"accumulate", "guidance", "gaussian"},
     {"nn", "mdae", "scale", "metrics", "calibration", "features", "verdict", "start", "training"},
@@ -17,7 +17,9 @@ LAYERS = [
     {"em", "pool"},
     {"posterior"},
     {"fit", "figures"},
-    {"track", "evaluate"},
+    {"track", "evaluate", "strips"},
+    {"evidence"},
+    {"report"},
     {"commands"},
     {"cli"},
 ]

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-pytest.importorskip("ot", reason="the references need the extra `bench`")
 
 from exact_gaussian import DIM, Moments, log_likelihood, maximum_likelihood, moments, problem  # noqa: E402
 from exact_mixtures import as_projection, noise  # noqa: E402
