@@ -95,12 +95,12 @@ def extreme_deconvolution(obs: np.ndarray, R: np.ndarray, count: int, seed: int,
 
 def compare(name: str, folder: Path, seed: int, quick: bool) -> dict[str, Any]:
     """emdiff by its command, XD, and true points on one data set."""
-    count, iters, draws = (500, 1, 1000) if quick else (4096, 20, 8192)
+    count, iters, draws = (500, 1, 1000) if quick else (4096, 10, 8192)
     x, R = points(name, 2 * count, seed), noise(2 * count, seed)
     obs = x + np.einsum("nij,nj->ni", np.linalg.cholesky(R), np.random.default_rng([seed, 99]).normal(size=x.shape))
     file, out = folder / f"{name}-{count}-{seed}.npz", folder / f"{name}-{count}-{seed}"
     write_observations(file, as_projection(obs[:count], R[:count]), torch.from_numpy(x[:count]).float())
-    flags = ["--train.steps", "100", "--train.start-steps", "200", "--walk.levels", "12"] if quick else []
+    flags = ["--train.steps", "100", "--train.start-steps", "200", "--walk.levels", "12"] if quick else ["--walk.levels", "16"]
     cost = command("fit", "--observations", str(file), "--out", str(out), "--iters", str(iters), "--seed", str(seed), "--wandb", "off", *flags)
     xd, best = extreme_deconvolution(obs[:count], R[:count], draws, seed, (4,) if quick else COMPONENTS)
     models = {
@@ -109,7 +109,7 @@ def compare(name: str, folder: Path, seed: int, quick: bool) -> dict[str, Any]:
         "truth": torch.from_numpy(points(name, draws, seed + 1000)),
     }
     figures: dict[str, Any] = {"truth": name, "count": count, "iters": iters, "xd_components": best}
-    real, few = torch.from_numpy(points(name, draws, seed + 2000)), 500 if quick else 1000
+    real, few = torch.from_numpy(points(name, draws, seed + 2000)), 300 if quick else 1000
     for model, sample in models.items():
         figures[f"{model}_held_out"] = held_out(sample, obs[count:], R[count:])
         figures[f"{model}_sinkhorn"] = sinkhorn_divergence(sample[:few].double(), real[:few])
