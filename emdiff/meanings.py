@@ -58,6 +58,7 @@ MEANINGS = {
     "sharpness": Meaning("mean width of the 80 % interval", "small, at correct coverage", True),
     "coverage_50": Meaning("coverage of the 50 % interval", ".50", True, 0.5),
     "coverage_80": Meaning("coverage of the 80 % interval", ".80", True, 0.8),
+    "coverage_80_weighted": Meaning("coverage of the 80 % interval, entries weighted by their posterior variance", ".80", True, 0.8),
     "coverage_95": Meaning("coverage of the 95 % interval", ".95", True, 0.95),
     "sbc_pvalue": Meaning("simulation-based calibration: p-value", "above .01; with many data see the deviation instead", True),
     "sbc_deviation": Meaning("simulation-based calibration: largest distance to the uniform law", "near 0", True),

@@ -4,8 +4,8 @@ Every rule compares a figure with what it would be if the fit were right, and na
 
     score_k = |log chi2_k| / 0.02  +  log(max(agreement_k, 1)) / 0.1,
 
-both terms measured in what is still unremarkable for them: chi2 within 2 %, agreement within 10 % of that between two halves of the observations; of iterations whose
-scores differ by less than 1 the last is kept.
+both terms measured in what is still unremarkable for them: chi2 within 2 %, agreement within 10 % of that between two halves of the observations.
+Of iterations whose scores differ by less than 1 the last is kept.
 Neither term alone decides: a collapsed prior can have chi2 near 1, a prior that is too broad agrees after the noise is added.
 """
 

@@ -31,7 +31,7 @@ LINES: dict[str, dict[str, list[str]]] = {
         "seconds": ["em/seconds_e", "em/seconds_m"],
     },
     "calibration": {
-        "coverage of 50, 80 and 95 % intervals": ["eval/coverage_50", "eval/coverage_80", "eval/coverage_95"],
+        "coverage of 50, 80 and 95 % intervals": ["eval/coverage_50", "eval/coverage_80", "eval/coverage_95", "eval/coverage_80_weighted"],
         "chi2 of the evaluation, and its std over data": ["eval/chi2", "eval/chi2_datum_std", "eval/chi2_datum_std_expected"],
         "largest deviation of TARP": ["eval/tarp"],
         "p-values of ranks and TARP": ["eval/sbc_pvalue", "eval/tarp_pvalue"],
