@@ -22,9 +22,11 @@ from emdiff.features import feature_module
 from emdiff.figures import is_image, save_progress, save_rows, save_samples
 from emdiff.files import write_arrays
 from emdiff.fit import Plan, level_maps, run_fit
+from emdiff.gaussian import DENSE
 from emdiff.metrics import residual_chi2, truth_figures
 from emdiff.observations import Observations, read_data, read_observations, read_truth
-from emdiff.posterior import check_shape, run_walk, sample_posterior
+from emdiff.pool import applies, noise
+from emdiff.posterior import check_shape, default_pool, default_tau_first, run_walk, sample_posterior
 from emdiff.prior import choose_network, load_prior, sample_prior
 from emdiff.report import write_report
 from emdiff.runs import FREE, Run, fingerprint, latest_prior, round_metrics, round_of, versions
@@ -150,17 +152,23 @@ def make_plan(config: Config, data: Observations, scale: Scale, device: str) -> 
         guidance, reason = choose_guidance(data, config["guidance"])
     except ValueError as error:
         raise UsageError(str(error)) from error
-    tau_first = walk["tau_first"] or (math.inf if guidance == "fused" else 0.8)
-    tau_last = walk["tau_last"] or default_tau_last(data, scale)
+    pool = default_pool(data, guidance) if walk["pool"] is None else walk["pool"]
+    if pool and (guidance == "fused" or not applies(data)):
+        raise UsageError(f"--walk.pool {pool}: chains restart from a pool with guidance cg or gmres and at most {DENSE} entries in x; give 0")
+    tau_first = walk["tau_first"] or default_tau_first(guidance, pool)
+    relative = relative_noise(data, scale, guidance)
+    tau_last = walk["tau_last"] or default_tau_last(relative)
     if not tau_first > tau_last:
         raise UsageError(f"--walk.tau-first {tau_first:g} is not above --walk.tau-last {tau_last:g}; levels fall from first to last")
     if guidance != "fused" and not math.isfinite(tau_first):
         raise UsageError(f"--walk.tau-first has to be finite with guidance {guidance}; 0.8 is a good value")
     batch = walk["batch"] or (4096 if device == "cuda" else 500)
-    chosen = Walk(**{**walk, "guidance": guidance, "tau_first": tau_first, "tau_last": tau_last, "batch": batch})
-    relax = config["relax"] if config["relax"] is not None else default_relax(data, scale, walk["tau_relax"])
-    steps = train["steps"] or default_steps(len(data), device)
+    chosen = Walk(**{**walk, "guidance": guidance, "tau_first": tau_first, "tau_last": tau_last, "batch": batch, "pool": pool})
+    relax = config["relax"] if config["relax"] is not None else default_relax(relative, walk["tau_relax"])
+    if relax and not tau_first > walk["tau_relax"]:
+        raise UsageError(f"--walk.tau-relax {walk['tau_relax']:g} is not below --walk.tau-first {tau_first:g}; lower it, or give --relax 0")
     network = choose_network(data.shape, guidance == "fused" and level_maps(data) is not None)
+    steps = train["steps"] or default_steps(len(data), device, network["kind"])
     plan = Plan(
         config["iters"], start, chosen, network, train["start_steps"], steps, train["batch"], train["rate"], relax,
         seed=config["seed"], device=device, stop=config["stop"] == "auto",
@@ -168,19 +176,25 @@ def make_plan(config: Config, data: Observations, scale: Scale, device: str) -> 
     return plan, {"start": start.reason, "guidance": reason}
 
 
-def default_tau_last(data: Observations, scale: Scale) -> float:
-    """0.1, or half the observations' noise where that is finer: the prior has to resolve what the observations do. At least 0.005."""
-    return max(0.005, min(0.1, 0.5 * float(data.observer.noise_std.median()) / scale.std))
+def relative_noise(data: Observations, scale: Scale, guidance: str) -> float:
+    """The observations' noise in units of the data's std; where an observer of vectors mixes entries, over the norm of its rows."""
+    std = noise(data) if guidance != "fused" and applies(data) else data.observer.noise_std
+    return float(std.median()) / scale.std
 
 
-def default_relax(data: Observations, scale: Scale, tau_relax: float) -> int:
+def default_tau_last(noise: float) -> float:
+    """0.1, or half the observations' relative noise where that is finer: the prior has to resolve what the observations do. At least 0.005."""
+    return max(0.005, min(0.1, 0.5 * noise))
+
+
+def default_relax(noise: float, tau_relax: float) -> int:
     """No limit where the noise hides what over-relaxation removes, directions of variance below tau_relax^2; none where it does not."""
-    return NO_LIMIT if float(data.observer.noise_std.median()) / scale.std > 2 * tau_relax else 0
+    return NO_LIMIT if noise > 2 * tau_relax else 0
 
 
-def default_steps(count: int, device: str) -> int:
-    """Steps of an M-step: about 20 passes over the data, at least 200, at most 400 on a CPU and 4000 on a GPU."""
-    return int(min(max(200, 20 * count / 128), 4000 if device == "cuda" else 400))
+def default_steps(count: int, device: str, network: str) -> int:
+    """Steps of an M-step: about 20 passes over the data, at least 200, at most 4000 on a GPU, and on a CPU 400, or 2000 for an MLP."""
+    return int(min(max(200, 20 * count / 128), 4000 if device == "cuda" else 2000 if network == "mlp" else 400))
 
 
 def check_ranges(walk: Config, train: Config, relax: int | None) -> None:
@@ -195,6 +209,7 @@ def check_ranges(walk: Config, train: Config, relax: int | None) -> None:
         ("--walk.gamma", walk["gamma"], 1e-6, 1e6),
         ("--walk.iterations", walk["iterations"], 1, 1000),
         ("--walk.batch", walk["batch"], 1, 10**7),
+        ("--walk.pool", walk["pool"], 0, 10**6),
         ("--train.steps", train["steps"], 1, 10**8),
         ("--train.start-steps", train["start_steps"], 1, 10**8),
         ("--train.batch", train["batch"], 1, 10**6),
@@ -235,6 +250,8 @@ def print_plan(data: Observations, scale: Scale, plan: Plan, reasons: dict[str, 
     print(
         f"walk          {walk.levels} levels from {first} to {walk.tau_last * scale.std:.3g} (in the data's units), {walk.steps} Langevin steps each"
     )
+    if walk.pool:
+        print(f"chains        restart in every iteration from {walk.pool} prior samples, resampled by each observation's likelihood")
     print(f"prior         {plan.network['kind']}, {plan.steps} steps of {plan.batch} per M-step, on {plan.device}")
     limit = "" if plan.relax == NO_LIMIT else f", up to iteration {plan.relax}"
     relaxed = f"over-relaxed where the samples spread more than the data do{limit}" if plan.relax else "exact"

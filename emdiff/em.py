@@ -57,6 +57,7 @@ class Walk(NamedTuple):
         step: Their discretisation, a key of `langevin.STEPS`.
         iterations: Most solver iterations of "cg" and "gmres".
         batch: Chains at once.
+        pool: Prior samples from which chains restart (pool); 0 for persistent chains.
     """
 
     guidance: str = "fused"
@@ -70,6 +71,7 @@ class Walk(NamedTuple):
     step: str = "sachs"
     iterations: int = 3
     batch: int = 500
+    pool: int = 0
 
 
 class Draws(NamedTuple):
@@ -83,6 +85,7 @@ class Draws(NamedTuple):
         kept: Data whose chains did so RETRIES times, bool (N,): y and x are their last state, not a draw, and no M-step should see them.
         residual: Mean relative residual of the solves at the last level; 0 without a solver.
         iterations: Mean solver iterations there.
+        sample: With a solver, a complete sample of x | y, obs (N, *S): the jump and its posterior deviation. None where the jump stands for it.
     """
 
     y: Tensor
@@ -92,6 +95,7 @@ class Draws(NamedTuple):
     kept: Tensor | None = None
     residual: float = 0.0
     iterations: float = 0.0
+    sample: Tensor | None = None
 
 
 def choose_guidance(data: Observations, wanted: str = "auto") -> tuple[str, str]:
@@ -149,10 +153,11 @@ def walk_batch(
         eps = torch.randn(chains.shape, generator=generator, dtype=chains.dtype, device=chains.device)
         y = chains + math.sqrt(max(tau**2 - tau_chains**2, 0.0)) * eps
     end = accumulate(target, y, tau, taus, generator, True, walk.steps, walk.delta, walk.gamma, STEPS[walk.step])
-    solve = getattr(target, "solve", None)
-    if solve is None:
+    if not isinstance(target, PosteriorDenoiser):
         return Draws(end.y, end.xhat, end.tau)
-    return Draws(end.y, end.xhat, end.tau, residual=float(solve.residual.mean()), iterations=float(solve.iterations.float().mean()))
+    residual, iterations = float(target.solve.residual.mean()), float(target.solve.iterations.float().mean())
+    sample = target.draw(end.y[:, None], end.y.new_tensor([end.tau]), generator)
+    return Draws(end.y, end.xhat, end.tau, residual=residual, iterations=iterations, sample=sample)
 
 
 def escaped(x: Tensor, bound: float) -> Tensor:
@@ -195,7 +200,7 @@ def e_step(
         batch = data.rows(slice(i, i + walk.batch)).to(device)
         before = None if chains is None else chains[i : i + walk.batch].to(device)
         draws = walk_batch(prior, batch, before, walk, taus, generator, tau_chains)
-        y, x = draws.y, draws.x
+        y, x, sample = draws.y, draws.x, draws.x if draws.sample is None else draws.sample
         for _ in range(RETRIES):
             bad = escaped(x, bound).nonzero()[:, 0]
             if not len(bad):
@@ -203,16 +208,17 @@ def e_step(
             restarted += len(bad)
             again = walk_batch(prior, batch.rows(bad), None if before is None else before[bad], walk, taus, generator, tau_chains)
             y, x = y.index_copy(0, bad, again.y), x.index_copy(0, bad, again.x)
+            sample = sample.index_copy(0, bad, again.x if again.sample is None else again.sample)
         bad = escaped(x, bound)
         kept.append(bad.cpu())
         if bool(bad.any()):
             last = torch.zeros_like(x) if before is None else before
-            y, x = (torch.where(bad.reshape(-1, *[1] * (x.ndim - 1)), last, a) for a in (y, x))
-        parts.append(draws._replace(y=y.cpu(), x=x.cpu()))
+            y, x, sample = (torch.where(bad.reshape(-1, *[1] * (x.ndim - 1)), last, a) for a in (y, x, sample))
+        parts.append(draws._replace(y=y.cpu(), x=x.cpu(), sample=sample.cpu()))
         progress(min(i + walk.batch, len(data)))
     mean = lambda name: sum(getattr(p, name) for p in parts) / len(parts)  # noqa: E731
-    joined = [torch.cat([getattr(p, name) for p in parts]) for name in ("y", "x")]
-    return Draws(*joined, parts[0].tau, restarted, torch.cat(kept), mean("residual"), mean("iterations"))
+    y, x, sample = (torch.cat([getattr(p, name) for p in parts]) for name in ("y", "x", "sample"))
+    return Draws(y, x, parts[0].tau, restarted, torch.cat(kept), mean("residual"), mean("iterations"), None if walk.guidance == "fused" else sample)
 
 
 def drawn(draws: Draws) -> Draws:

@@ -19,6 +19,7 @@ from emdiff.gaussian import condition, fit_gaussian
 from emdiff.mdae import MDAE
 from emdiff.metrics import prior_figures, sample_figures
 from emdiff.observations import Observations
+from emdiff.pool import restart
 from emdiff.prior import Prior, build_network, load_prior, sample_prior, save_prior, set_precision
 from emdiff.runs import Run, latest_prior
 from emdiff.scale import Scale
@@ -177,6 +178,8 @@ def em_round(k: int, data: Observations, scale: Scale, plan: Plan, run: Run, lis
         bar = listener.phase(f"round {k}: E-step", len(data))
         walk = walk._replace(tau_last=walk.tau_relax) if relax else walk
         chains, bound = run.array(k - 1, "chains"), run.metrics(0)["bound"]
+        if walk.pool:
+            chains = restart(prior, data, chains, walk.pool, walk.tau_first, stream(plan.seed, "pool", k, device=plan.device))
         draws = e_step(prior.denoiser, data, chains, walk, stream(plan.seed, "e-step", k, device=plan.device), bound, bar, plan.walk.tau_last)
         draws = over_relaxed(draws) if relax else draws
     eps = torch.randn(draws.y.shape, generator=stream(plan.seed, "chains", k))
@@ -200,7 +203,7 @@ def em_round(k: int, data: Observations, scale: Scale, plan: Plan, run: Run, lis
         "seconds_e": seconds_e,
         "seconds_m": time.perf_counter() - clock,
     }
-    return draws.x, prior._replace(denoiser=trained.denoiser), metrics
+    return draws.x if draws.sample is None else draws.sample, prior._replace(denoiser=trained.denoiser), metrics
 
 
 def over_relaxes(k: int, plan: Plan, sample_std: float, scale: Scale) -> bool:

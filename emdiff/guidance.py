@@ -24,11 +24,14 @@ import torch
 from torch import Tensor
 
 from emdiff.denoise import Denoiser, Moments
-from emdiff.linalg import SOLVERS, Solve
+from emdiff.linalg import SOLVERS, Solve, lanczos_sqrt
 from emdiff.measurement import align
 
 if TYPE_CHECKING:
     from observers import Observer
+
+LANCZOS = 8
+"""Most products for V^(1/2)."""
 
 
 class PosteriorDenoiser(Denoiser):
@@ -62,6 +65,17 @@ class PosteriorDenoiser(Denoiser):
         xhat, V = self.prior.moments(y, sigma)
         self.solve = self._solve(V, self.obs - self.observer.forward(xhat))
         return xhat + self.solve.image
+
+    def draw(self, y: Tensor, sigma: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A sample of x | y, obs, shape (B, *S), for p(x | y) = N(xhat, V), by pathwise conditioning (Wilson et al. 2021):
+
+            x0 = xhat + V^(1/2) xi,   x = x0 + V At (cov_obs + A V At)^-1 (obs - A x0 - n0),   n0 ~ N(0, cov_obs)
+        """
+        xhat, V = self.prior.moments(y, sigma)
+        xi = torch.randn(xhat.shape, generator=generator, dtype=xhat.dtype, device=xhat.device)
+        x0 = xhat + lanczos_sqrt(V, xi, min(LANCZOS, xi[0].numel()))
+        self.solve = self._solve(V, self.obs - self.observer.simulate(x0, generator))
+        return x0 + self.solve.image
 
     def _solve(self, V, b: Tensor) -> Solve:
         def product(p: Tensor) -> tuple[Tensor, Tensor]:

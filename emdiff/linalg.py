@@ -77,6 +77,8 @@ def cg(product: Callable[[Tensor], tuple[Tensor, Tensor]], b: Tensor, iterations
         rr_next = dot(r, r)
         p = torch.where(alive, r + _safe(rr_next, rr, rr > 0) * p, p)
         rr, alive = rr_next, alive & (rr_next > tolerance**2 * norm)
+        if not bool(alive.any()):
+            break
     return Solve(x, _safe(rr, norm, norm > 0).sqrt().flatten(), used, image)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from emdiff.em import Walk, choose_guidance, e_step
 from emdiff.errors import UsageError
 from emdiff.observations import Observations
+from emdiff.pool import applies, restart
 from emdiff.prior import Prior
 
 BURN_IN = 5
@@ -41,8 +42,20 @@ def run_walk(run: Path, data: Observations, device: str) -> Walk:
     config = yaml.safe_load((run / "config.yaml").read_text())
     guidance, _ = choose_guidance(data, "auto")
     walk = {**config["walk"], "guidance": guidance, "batch": 4096 if device == "cuda" else 500}
-    walk["tau_first"] = walk["tau_first"] or (math.inf if guidance == "fused" else 0.8)
+    walk["pool"] = default_pool(data, guidance) if walk.get("pool") is None else walk["pool"]
+    walk["tau_first"] = walk["tau_first"] or default_tau_first(guidance, walk["pool"])
     return Walk(**walk)
+
+
+def default_pool(data: Observations, guidance: str) -> int:
+    """Prior samples from which chains restart: where moment matching guides vectors; none elsewhere."""
+    return 8192 if guidance != "fused" and applies(data) else 0
+
+
+def default_tau_first(guidance: str, pool: int) -> float:
+    """Where chains re-enter: anew from the observation where it is one more measurement; close to where a pool puts them; else as far up as moment
+    matching holds."""
+    return math.inf if guidance == "fused" else 0.3 if pool else 0.8
 
 
 def check_shape(prior: Prior, data: Observations, run: Path) -> None:
@@ -65,8 +78,8 @@ def sample_posterior(
 ) -> Posterior:
     """Draw `count` samples of x | obs for every observation.
 
-    Where every walk starts anew (walk.tau_first infinite) samples are independent given the prior; else they are successive states of persistent
-    chains, after BURN_IN passes.
+    Where every walk starts anew (walk.tau_first infinite) or from a pool, samples are independent given the prior; else they are successive states
+    of persistent chains, after BURN_IN passes.
 
     Args:
         prior: The prior, on the generator's device.
@@ -79,14 +92,16 @@ def sample_posterior(
     standard = prior.scale.observations(data)
     persistent = math.isfinite(walk.tau_first)
     chains = torch.zeros(len(data), *data.shape) if persistent else None
-    burn_in = BURN_IN if persistent else 0
+    burn_in = BURN_IN if persistent and not walk.pool else 0
     x = torch.empty(len(data), count, *data.shape)
     restarted, residual, iterations = 0, 0.0, 0.0
     for i in range(-burn_in, count):
         name = f"sample {i + 1} of {count}" if i >= 0 else f"burn-in {i + burn_in + 1} of {burn_in}"
+        if walk.pool:
+            chains = restart(prior, standard, chains if i else None, walk.pool, walk.tau_first, generator)
         end = e_step(prior.denoiser, standard, chains, walk, generator, progress=phase(name, len(data)))
         chains = end.y if persistent else None
         restarted, residual, iterations = restarted + end.restarted, end.residual, end.iterations
         if i >= 0:
-            x[:, i] = prior.scale.restore(end.x)
+            x[:, i] = prior.scale.restore(end.x if end.sample is None else end.sample)
     return Posterior(x, restarted, residual, iterations)

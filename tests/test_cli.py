@@ -208,6 +208,8 @@ BAD_FLAGS = {
     "no levels": (["--walk.levels", "1"], ["--walk.levels", "1"]),
     "negative rate": (["--train.rate", "-1"], ["--train.rate", "-1"]),
     "levels that rise": (["--walk.tau-first", "0.05"], ["--walk.tau-first", "0.05"]),
+    "over-relaxing above the first level": (["--relax", "3", "--walk.tau-first", "0.2"], ["tau-relax 0.25", "tau-first 0.2", "--relax 0"]),
+    "a pool where walks start anew": (["--walk.pool", "64"], ["--walk.pool 64", "give 0"]),
     "unknown override": (["--observer", "sonar"], ["sonar"]),
 }
 

@@ -14,7 +14,7 @@ LAYERS = [
     {"accumulate", "guidance", "gaussian"},
     {"nn", "mdae", "scale", "metrics", "calibration", "features", "verdict", "start", "training"},
     {"prior", "runs"},
-    {"em"},
+    {"em", "pool"},
     {"posterior"},
     {"fit", "figures"},
     {"track", "evaluate", "strips"},
