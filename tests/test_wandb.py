@@ -22,6 +22,7 @@ FIT = ["fit", "--observations", "obs.npz", "--out", "run", *SMALL]
 EVALUATE = ["evaluate", "--run", "run", "--observations", "obs.npz", "--count", "40", "--samples", "4", "--prior-samples", "40"]
 EVALUATE += ["--device", "cpu", "--wandb", "off"]
 
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder where a run was fitted in three commands (W&B off, offline, offline), evaluated, and given a report."""
@@ -43,6 +44,7 @@ def folder(tmp_path_factory):
         main(EVALUATE)
         tracker = Tracker("offline", Path("run"), {})
         tracker.evaluation(*evaluation(path))
+        Path("run/report.html").unlink()
         tracker.artifact(Path("run/report.html"))
         Path("run/report.html").write_text("<p>report</p>")
         tracker.artifact(Path("run/report.html"))
