@@ -242,8 +242,8 @@ def test_a_dashboard_is_saved_where_there_is_a_login(board, folder):
 def test_without_login_or_entity_nothing_is_saved(board, arguments, word, folder, capsys):
     with pytest.raises(SystemExit) as stop:
         board.main(arguments)
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and word in line and "--dry-run" in line
+    lines = [line for line in capsys.readouterr().err.strip().splitlines() if not line.startswith("wandb: ")]
+    assert stop.value.code == 2 and len(lines) == 1 and word in lines[0] and "--dry-run" in lines[0], lines
 
 
 def test_a_sweep_minimises_what_a_run_logs_without_the_truth(rows):
