@@ -176,7 +176,8 @@ def _start(mode: str, folder: Path, config: dict[str, Any], warn: Callable[[str]
     identity = folder / "wandb_id"
     chosen = identity.read_text().strip() if identity.is_file() else secrets.token_hex(4)
     project = os.environ.get("WANDB_PROJECT", PROJECT)
-    shared = {"project": project, "dir": str(folder.resolve()), "name": folder.name, "id": chosen, "config": config, "resume": "allow", "settings": settings}
+    shared = {"project": project, "dir": str(folder.resolve()), "name": folder.name, "id": chosen, "config": config}
+    shared |= {"resume": "allow", "settings": settings}
     try:
         run = wandb.init(mode=mode, **shared)
     except (wandb.errors.Error, TimeoutError, OSError) as error:

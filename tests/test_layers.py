@@ -19,7 +19,7 @@ LAYERS = [
     {"fit", "figures"},
     {"track", "evaluate", "strips"},
     {"evidence"},
-    {"report"},
+    {"report", "plan"},
     {"commands"},
     {"cli"},
 ]

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from emdiff.cli import main
-from emdiff.commands import check_ranges
+from emdiff.plan import check_ranges
 
 SWEEP = yaml.safe_load((Path(__file__).parent.parent / "configs/sweep.yaml").read_text())
 

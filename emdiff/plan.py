@@ -1,0 +1,159 @@
+"""From what the user gave to a plan: what was left open is chosen from the data and the device, and said, with reasons."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emdiff.em import Walk, choose_guidance
+from emdiff.errors import UsageError
+from emdiff.fit import Plan, level_maps
+from emdiff.gaussian import DENSE
+from emdiff.observations import Observations
+from emdiff.pool import applies, noise
+from emdiff.posterior import default_pool, default_tau_first
+from emdiff.prior import choose_network
+from emdiff.runs import FREE, fingerprint
+from emdiff.scale import Scale
+from emdiff.start import choose_start
+
+Config = dict[str, Any]
+
+NO_LIMIT = 10**6
+"""Iterations: what --relax stands for when it is not set."""
+
+
+def resolve_device(wanted: str) -> str:
+    """cpu or cuda.
+
+    Raises:
+        UsageError: if cuda is wanted and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no GPU here; use --device cpu or auto")
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def make_plan(config: Config, data: Observations, scale: Scale, device: str) -> tuple[Plan, dict[str, str]]:
+    """Fill in what the user left open; returns the plan and the reasons for what was chosen.
+
+    Raises:
+        UsageError: for settings out of range or that do not go together.
+    """
+    walk, train = config["walk"], config["train"]
+    check_ranges(walk, train, config["relax"])
+    try:
+        start = choose_start(data, config["start"])
+        guidance, reason = choose_guidance(data, config["guidance"])
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    pool = default_pool(data, guidance) if walk["pool"] is None else walk["pool"]
+    if pool and (guidance == "fused" or not applies(data)):
+        raise UsageError(f"--walk.pool {pool}: chains restart from a pool with guidance cg or gmres and at most {DENSE} entries in x; give 0")
+    tau_first = walk["tau_first"] or default_tau_first(guidance, pool)
+    relative = relative_noise(data, scale, guidance)
+    tau_last = walk["tau_last"] or default_tau_last(relative)
+    if not tau_first > tau_last:
+        raise UsageError(f"--walk.tau-first {tau_first:g} is not above --walk.tau-last {tau_last:g}; levels fall from first to last")
+    if guidance != "fused" and not math.isfinite(tau_first):
+        raise UsageError(f"--walk.tau-first has to be finite with guidance {guidance}; 0.8 is a good value")
+    batch = walk["batch"] or (4096 if device == "cuda" else 500)
+    chosen = Walk(**{**walk, "guidance": guidance, "tau_first": tau_first, "tau_last": tau_last, "batch": batch, "pool": pool})
+    relax = config["relax"] if config["relax"] is not None else default_relax(relative, walk["tau_relax"])
+    if relax and not tau_first > walk["tau_relax"]:
+        raise UsageError(f"--walk.tau-relax {walk['tau_relax']:g} is not below --walk.tau-first {tau_first:g}; lower it, or give --relax 0")
+    network = choose_network(data.shape, guidance == "fused" and level_maps(data) is not None)
+    steps = train["steps"] or default_steps(len(data), device, network["kind"])
+    plan = Plan(
+        config["iters"], start, chosen, network, train["start_steps"], steps, train["batch"], train["rate"], relax,
+        seed=config["seed"], device=device, stop=config["stop"] == "auto",
+    )  # fmt: skip
+    return plan, {"start": start.reason, "guidance": reason}
+
+
+def relative_noise(data: Observations, scale: Scale, guidance: str) -> float:
+    """The observations' noise in units of the data's std; where an observer of vectors mixes entries, over the norm of its rows."""
+    std = noise(data) if guidance != "fused" and applies(data) else data.observer.noise_std
+    return float(std.median()) / scale.std
+
+
+def default_tau_last(noise: float) -> float:
+    """0.1, or half the observations' relative noise where that is finer: the prior has to resolve what the observations do. At least 0.005."""
+    return max(0.005, min(0.1, 0.5 * noise))
+
+
+def default_relax(noise: float, tau_relax: float) -> int:
+    """No limit where the noise hides what over-relaxation removes, directions of variance below tau_relax^2; none where it does not."""
+    return NO_LIMIT if noise > 2 * tau_relax else 0
+
+
+def default_steps(count: int, device: str, network: str) -> int:
+    """Steps of an M-step: about 20 passes over the data, at least 200, at most 4000 on a GPU, and on a CPU 400, or 2000 for an MLP."""
+    return int(min(max(200, 20 * count / 128), 4000 if device == "cuda" else 2000 if network == "mlp" else 400))
+
+
+def check_ranges(walk: Config, train: Config, relax: int | None) -> None:
+    """Refuse numbers out of range, naming flag, value and range."""
+    rules: list[tuple[str, Any, float, float]] = [
+        ("--walk.tau-last", walk["tau_last"], 1e-3, 1.0),
+        ("--walk.tau-relax", walk["tau_relax"], walk["tau_last"] or 1e-3, 2.0),
+        ("--walk.tau-first", walk["tau_first"], 1e-3, math.inf),
+        ("--walk.levels", walk["levels"], 2, 10_000),
+        ("--walk.steps", walk["steps"], 0, 10_000),
+        ("--walk.delta", walk["delta"], 1e-6, 2.0),
+        ("--walk.gamma", walk["gamma"], 1e-6, 1e6),
+        ("--walk.iterations", walk["iterations"], 1, 1000),
+        ("--walk.batch", walk["batch"], 1, 10**7),
+        ("--walk.pool", walk["pool"], 0, 10**6),
+        ("--train.steps", train["steps"], 1, 10**8),
+        ("--train.start-steps", train["start_steps"], 1, 10**8),
+        ("--train.batch", train["batch"], 1, 10**6),
+        ("--train.rate", train["rate"], 1e-8, 1.0),
+        ("--relax", relax, 0, 10**6),
+    ]
+    for flag, value, low, high in rules:
+        if value is not None and not low <= value <= high:
+            raise UsageError(f"{flag} is {value:g}; give a value from {low:g} to {high:g}")
+
+
+def resolved_config(config: Config, plan: Plan) -> Config:
+    """The configuration with nothing left open, in the form that `emdiff fit --config` reads."""
+    walk = {k: v for k, v in plan.walk._asdict().items() if k != "guidance"}
+    walk["tau_first"] = None if math.isinf(plan.walk.tau_first) else plan.walk.tau_first
+    train = {"steps": plan.steps, "start_steps": plan.start_steps, "batch": plan.batch, "rate": plan.rate}
+    chosen = {"start": plan.start.kind, "guidance": plan.walk.guidance, "relax": plan.relax, "device": plan.device}
+    return {**config, **chosen, "walk": walk, "train": train}
+
+
+def default_name(path: Path, resolved: Config) -> str:
+    """NAME-HASH: the file's name and eight hex digits of what a run may not change."""
+    fixed = {k: v for k, v in resolved.items() if k not in FREE}
+    text = json.dumps(fixed, sort_keys=True) + fingerprint(path)
+    return f"{path.stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def print_plan(data: Observations, scale: Scale, plan: Plan, reasons: dict[str, str], out: Path, finished: int) -> None:
+    """Say what will be done, and why."""
+    std = data.observer.noise_std.float()
+    noise = f"{float(std.min()):g}" if std.numel() == 1 else f"{float(std.min()):g} to {float(std.max()):g}"
+    walk = plan.walk
+    first = "no measurement" if math.isinf(walk.tau_first) else f"{walk.tau_first * scale.std:.3g}"
+    print(f"observations  {len(data)} of shape {data.shape} through {data.observer.name}, noise_std {noise}")
+    print(f"data          mean {scale.mean:.4g}, std {scale.std:.4g}, estimated from the observations")
+    print(f"start         {plan.start.kind}: {reasons['start']}")
+    print(f"guidance      {walk.guidance}: {reasons['guidance']}")
+    print(
+        f"walk          {walk.levels} levels from {first} to {walk.tau_last * scale.std:.3g} (in the data's units), {walk.steps} Langevin steps each"
+    )
+    if walk.pool:
+        print(f"chains        restart in every iteration from {walk.pool} prior samples, resampled by each observation's likelihood")
+    print(f"prior         {plan.network['kind']}, {plan.steps} steps of {plan.batch} per M-step, on {plan.device}")
+    limit = "" if plan.relax == NO_LIMIT else f", up to iteration {plan.relax}"
+    relaxed = f"over-relaxed where the samples spread more than the data do{limit}" if plan.relax else "exact"
+    print(f"iterations    {plan.iters}; {relaxed}")
+    print(f"run folder    {out}" + (f", continued after round {finished}" if finished >= 0 else ""), flush=True)
