@@ -38,7 +38,8 @@ def run(part: str, seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     if part == "gaussian":
         return [exact_gaussian.fit(args.folder, seed, args.quick)]
     if part == "mixtures":
-        return [exact_mixtures.compare(name, args.folder, seed, args.quick) for name in exact_mixtures.TRUTHS[: 1 if args.quick else None]]
+        truths = args.truths[: 1 if args.quick else None]
+        return [exact_mixtures.compare(name, args.folder, seed, args.quick, tuple(args.components)) for name in truths]
     if part == "guidance":
         return [exact_guidance.run(seed, args.quick)]
     return [exact_manifold.fit(args.folder, seed, args.quick, args.count, args.iters)]
@@ -61,6 +62,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=PARTS, help="one part")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--truths", nargs="+", choices=exact_mixtures.TRUTHS, default=list(exact_mixtures.TRUTHS), help="of the mixtures part")
+    parser.add_argument("--components", type=int, nargs="+", default=list(exact_mixtures.COMPONENTS), help="that XD may choose from")
     parser.add_argument("--count", type=int, default=65_536, help="observations of the manifold")
     parser.add_argument("--iters", type=int, default=12, help="EM iterations of the manifold")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench_exact"))
