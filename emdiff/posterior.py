@@ -78,8 +78,8 @@ def sample_posterior(
 ) -> Posterior:
     """Draw `count` samples of x | obs for every observation.
 
-    Where every walk starts anew (walk.tau_first infinite) or from a pool, samples are independent given the prior; else they are successive states
-    of persistent chains, after BURN_IN passes.
+    Where every walk starts anew (walk.tau_first infinite) samples are independent given the prior, and so are those that start from a pool, except
+    for data that the pool cannot serve (pool); else they are successive states of persistent chains, after BURN_IN passes.
 
     Args:
         prior: The prior, on the generator's device.

@@ -17,18 +17,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from mnist_features import mnist_features
+from timed_command import command
 from torch import Tensor
 
 import emdiff
@@ -45,16 +43,6 @@ from emdiff.training import train
 
 MEAN_OF = 8
 MEAN_ON = 500
-
-
-def command(*arguments: str) -> tuple[float, float]:
-    """Run emdiff; returns seconds and peak memory in GB of that process."""
-    clock = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "emdiff.cli", *arguments], stdout=sys.stderr)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"emdiff {' '.join(arguments)} failed")
-    return time.perf_counter() - clock, usage.ru_maxrss / 1e6
 
 
 def fit_run(folder: Path, data: Path, observer: str, count: int, start: str, seed: int, iters: int, quick: bool) -> tuple[Path, Path]:

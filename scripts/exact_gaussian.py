@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from exact_tools import command, row
+from exact_tools import row
+from timed_command import command
 from torch import Tensor
 
 from emdiff.gaussian import fit_gaussian
@@ -119,4 +120,4 @@ def fit(folder: Path, seed: int, quick: bool) -> dict[str, Any]:
         "prior": moments(sample_prior(prior, 2000 if quick else 20_000, stream(seed, "exact prior"))),
         "complete": moments(x),
     }
-    return row("gaussian", seed, {"count": count, "iters": iters, **compare(data, models, truth), **cost})
+    return row("gaussian", seed, {"count": count, "iters": iters, **compare(data, models, truth), **cost._asdict()})

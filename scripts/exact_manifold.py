@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from exact_tools import command, entropic, row, transport
+from exact_tools import entropic, row, transport
+from timed_command import command
 from torch import Tensor
 
 from emdiff.observations import Observations, write_observations
@@ -112,4 +113,4 @@ def fit(folder: Path, seed: int, quick: bool, count: int, iters: int) -> dict[st
     below = [h["seconds"] for h in history if h["k"] and h["prior"]["w2sq"] < 0.1]
     last = {f"{who}_{name}": value for who in ("posterior", "prior") for name, value in history[-1][who].items()}
     reached = {"seconds_to_prior_below_.1": below[0] if below else math.nan}
-    return row("manifold", seed, {"count": count, "iters": iters, "points": points, **last, **reached, **cost, "history": history})
+    return row("manifold", seed, {"count": count, "iters": iters, "points": points, **last, **reached, **cost._asdict(), "history": history})

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from exact_tools import command, row, sinkhorn_divergence, transport
+from exact_tools import row, sinkhorn_divergence, transport
+from timed_command import command
 from torch import Tensor
 
 from emdiff.observations import Observations, write_observations
@@ -115,4 +116,4 @@ def compare(name: str, folder: Path, seed: int, quick: bool, components: tuple[i
         figures[f"{model}_held_out"] = held_out(sample, obs[count:], R[count:])
         figures[f"{model}_sinkhorn"] = sinkhorn_divergence(sample[: few // 2].double(), real[: few // 2])
         figures[f"{model}_w2sq"] = transport(sample[:few], real[:few])
-    return row("mixtures", seed, {**figures, **cost})
+    return row("mixtures", seed, {**figures, **cost._asdict()})

@@ -1,24 +1,12 @@
-"""What the references of bench_exact share: running the command, distances between samples by POT, and rows of the table."""
+"""What the references of bench_exact share: distances between samples by POT, and rows of the table."""
 
 from __future__ import annotations
 
-import os
-import resource
-import subprocess
 import sys
-import time
 from typing import Any
 
 import torch
 from torch import Tensor
-
-
-def command(*arguments: str) -> dict[str, float]:
-    """Run emdiff in a process of its own; returns its wall time and the largest peak memory of such processes so far."""
-    clock = time.perf_counter()
-    env = {**os.environ, "WANDB_SILENT": "true"}
-    subprocess.run([sys.executable, "-m", "emdiff.cli", *arguments], stdout=sys.stderr, check=True, env=env)
-    return {"seconds": time.perf_counter() - clock, "peak_gb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6}
 
 
 def row(part: str, seed: int, figures: dict[str, Any]) -> dict[str, Any]:

@@ -102,7 +102,8 @@ def test_training_never_sees_the_truth():
     vectors("without.npz", x=None)
     vectors("wrong.npz", x=np.full((200, 3), 7.0, "float32"))
     for name in ("with", "without", "wrong"):
-        main(["fit", "--observations", f"{name}.npz", "--iters", "2", "--out", name, *SMALL])
+        main(["fit", "--observations", f"{name}.npz", "--iters", "2", "--stop", "auto", "--out", name, *SMALL])
+    assert len({(Path(name) / "best.json").read_text() for name in ("with", "without", "wrong")}) == 1, "nor does the choice of the best"
     priors = {name: (Path(name) / "round_002/prior.safetensors").read_bytes() for name in ("with", "without", "wrong")}
     assert priors["with"] == priors["without"] == priors["wrong"]
     assert "error" not in json.loads(Path("without/round_002/metrics.json").read_text())

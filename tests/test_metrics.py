@@ -9,6 +9,7 @@ import pytest
 import torch
 from exact import normal, observer, uniform
 from scipy.linalg import sqrtm
+from scipy.stats import energy_distance as scipy_energy
 from scipy.stats import wasserstein_distance
 from torch import Tensor, nn
 
@@ -16,6 +17,8 @@ from emdiff import metrics
 from emdiff.metrics import (
     FeatureDistance,
     agreement,
+    chi2_spread,
+    energy_distance,
     prior_figures,
     residual_chi2,
     sample_figures,
@@ -74,6 +77,24 @@ def test_sliced_distance_of_a_shift_is_its_mean_projection() -> None:
     a, c = normal(50, *S), normal(*S, seed=1)
     expected = c.norm().item() * math.gamma(d / 2) / (math.sqrt(math.pi) * math.gamma((d + 1) / 2))
     assert sliced_wasserstein(a, a + c, 20_000, generator()) == pytest.approx(expected, rel=0.03)
+
+
+def test_energy_distance_is_that_of_scipy_in_one_dimension_and_exact_for_point_masses() -> None:
+    a, b = normal(700, 1), 0.4 + uniform(300, 1).square()
+    assert energy_distance(a, b) == pytest.approx(scipy_energy(a[:, 0], b[:, 0]) ** 2)
+    c = normal(1, *S)
+    assert energy_distance(torch.zeros(9, *S), c.expand(5, *S)) == pytest.approx(2 * c.norm().item(), rel=1e-5)
+
+
+def test_the_spread_of_chi2_is_that_of_data_whose_truth_is_known() -> None:
+    """Per datum root mean square of (2/dim)^1/2, of the mean (sum 2/dim)^1/2 / N; masks leave data different dims."""
+    made = observer("mask", N, S)
+    x, draws = normal(N, *S), generator(3)
+    chi2 = torch.stack([residual_chi2(Observations(made.simulate(x, draws), made), x) for _ in range(400)])
+    datum, overall = chi2_spread(Observations(made.simulate(x, draws), made))
+    seen = made.observed().expand(N, *S).flatten(1).any(1)
+    assert chi2.var(0)[seen].mean().sqrt().item() == pytest.approx(datum, rel=0.15)
+    assert chi2.mean(1).std().item() == pytest.approx(overall, rel=0.15)
 
 
 @names
