@@ -1,13 +1,13 @@
-r"""Archives of arrays, .npz, .npy and .h5, opened without trusting them: nothing is unpickled, and nothing is allocated that the file cannot hold.
+r"""Archives of arrays, .npz, .npy and .h5, opened without trusting them.
 
-Every complaint is a `UsageError` of one line.
+Nothing is unpickled, nothing is read from another file that one of them names (external and virtual HDF5 data), and nothing is allocated that the
+file cannot hold or this machine has no memory for. Every complaint is a `UsageError` of one line.
 """
 
 from __future__ import annotations
 
 import math
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -21,8 +21,9 @@ from emdiff.files import one_line
 
 SIGNATURES = {".npz": b"PK", ".npy": b"\x93NUMPY", ".h5": b"\x89HDF", ".hdf5": b"\x89HDF"}
 ARCHIVES = (".npz", ".h5", ".hdf5")
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 EXPANSION = 2000  # no stored array is this many times its file: deflate reaches 1032
+MEMBERS = 1000  # arrays that are looked at
+PLAIN_FILTERS = {"gzip", "lzf", "szip", None}
 
 
 def check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:
@@ -40,7 +41,9 @@ def open_archive(path: Path, suffixes: tuple[str, ...]) -> Iterator[Any]:
     try:
         with _archive(path, path.suffix.lower()) as file:
             yield file
-    except UNREADABLE as error:
+    except UsageError:
+        raise
+    except Exception as error:  # whatever numpy, zipfile and HDF5 stumble over in bytes that anyone may have written
         raise UsageError(f"{path}: cannot be read ({one_line(error)}), it may be cut short; copy or write it again") from error
 
 
@@ -57,18 +60,32 @@ def _archive(path: Path, suffix: str) -> AbstractContextManager[Any]:
 def array_names(file: Any) -> list[str]:
     """The arrays of a file; other members of a zip do not count."""
     members = file.zip.namelist() if hasattr(file, "zip") else [f"{name}.npy" for name in file]
-    return [member.removesuffix(".npy") for member in members if member.endswith(".npy")]
+    return [member.removesuffix(".npy") for member in members if member.endswith(".npy")][:MEMBERS]
 
 
 def load_array(path: Path, file: Any, name: str) -> np.ndarray:
     """Load one array, after a look at what the file declares it to be."""
     shape, dtype, available = _declared(path, file, name)
+    if any(n < 0 for n in shape):
+        raise UsageError(f"{path}: {name} declares shape {shape}; write it again")
     if dtype.hasobject and h5py.check_string_dtype(dtype) is None:
         raise UsageError(f"{path}: {name} holds pickled Python objects, which are not read; store it as an array of numbers")
     size = math.prod(shape) * dtype.itemsize
     if size > available:
         raise UsageError(f"{path}: {name} declares shape {shape}, {size} bytes, more than the file can hold; write it again")
+    if size > free_memory():
+        raise UsageError(f"{path}: {name} takes {size / 1e9:.3g} GB of memory and {free_memory() / 1e9:.3g} GB are free here; store fewer data")
     return np.asarray(file[name][()])
+
+
+def free_memory() -> float:
+    """Bytes that this machine can still give to arrays; infinite where it does not say."""
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":") for line in file)
+        return 1024.0 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return math.inf
 
 
 def _declared(path: Path, file: Any, name: str) -> tuple[tuple[int, ...], np.dtype[Any], float]:
@@ -76,12 +93,27 @@ def _declared(path: Path, file: Any, name: str) -> tuple[tuple[int, ...], np.dty
     most = EXPANSION * path.stat().st_size
     if hasattr(file, "zip"):
         member = file.zip.getinfo(f"{name}.npy")
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise UsageError(f"{path}: {name} is compressed in a way that numpy does not write; write it with np.savez or np.savez_compressed")
         with file.zip.open(member) as content:
             shape, dtype = _npy_header(content)
             return shape, dtype, min(member.file_size - content.tell(), most)
+    if isinstance(file, h5py.File):
+        return _declared_h5(path, file, name, most)
+    return file[name].shape, file[name].dtype, most
+
+
+def _declared_h5(path: Path, file: h5py.File, name: str, most: float) -> tuple[tuple[int, ...], np.dtype[Any], float]:
+    """The same of an HDF5 file, which could also send its reader to other files, or to chunks larger than the array."""
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+        raise UsageError(f"{path}: {name} is a link to another place; store the array itself")
     stored = file[name]
     if not hasattr(stored, "shape"):
         raise UsageError(f"{path}: {name} is a {type(stored).__name__.lower()}, expected an array; store the array at the top level")
+    if stored.external or stored.is_virtual:
+        raise UsageError(f"{path}: {name} is stored in another file; store the array in this one")
+    if stored.compression not in PLAIN_FILTERS or math.prod(stored.chunks or ()) * stored.dtype.itemsize > most:
+        raise UsageError(f"{path}: {name} is packed in a way that h5py does not write by itself; write it with gzip or without compression")
     return stored.shape or (), stored.dtype, most
 
 

@@ -3,6 +3,7 @@
 import re
 import sys
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -63,6 +64,7 @@ def fit(
     seed: int = 0,
     device: Device = "auto",
     wandb: Literal["auto", "online", "offline", "off"] = "auto",
+    fork: Optional[str] = None,
     walk: WalkSettings = WalkSettings(),
     train: TrainSettings = TrainSettings(),
 ) -> None:
@@ -87,14 +89,17 @@ def fit(
         seed: Seed of everything random.
         device: cpu, cuda, or whichever is there.
         wandb: Weights & Biases: auto is online where you are logged in, else offline.
+        fork: New run folder, to which the finished rounds of --out are copied; the fit goes on there under the settings of this command.
         walk: The E-step.
         train: The M-step.
     """
-    config = {name: asdict(value) if name in ("walk", "train") else value for name, value in locals().items()}
+    config = _plain(locals())
     from emdiff.commands import fit_command
 
     _at_least("--iters", iters, 1)
-    fit_command(config)
+    if fork is not None and out is None:
+        raise UsageError(f"--fork {fork}: say with --out which run to fork")
+    fit_command(config, _plain({name: parameter.default for name, parameter in signature(COMMANDS["fit"]).parameters.items()}), fork)
 
 
 def sample(
@@ -189,7 +194,8 @@ def evaluate(
         count: Evaluate the first so many observations; all by default.
         prior_samples: Prior samples.
         oracle: A prior.safetensors, such as one trained on clean data; every figure is also given as a ratio to that prior's.
-        features: Feature module for Frechet and kernel distances: random-conv-64, or a TorchScript file that maps images to vectors.
+        features: Feature module for Frechet and kernel distances: random-conv-64, or trust:FILE, a TorchScript file that maps images to
+            vectors. Such a file is a program: name only one whose maker you trust.
         out: Folder to write metrics.json and arrays.npz. Unset: RUN/evaluation.
         observer: Name of the observer, if the file does not hold it.
         noise_std: Noise level, if the file does not hold it.
@@ -231,6 +237,11 @@ def report(run: str, out: Optional[str] = None, pdf: Optional[str] = None) -> No
     print(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB); open it in a browser")
     if pdf:
         print(f"printed: {write_pdf(page, Path(pdf), browser)}")
+
+
+def _plain(settings: dict) -> dict:
+    """Settings of a fit as plain values, without --fork, which is no setting of the run it makes."""
+    return {name: asdict(value) if name in ("walk", "train") else value for name, value in settings.items() if name != "fork"}
 
 
 def _positive(name: str, value: float) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 from tqdm import tqdm
 
+from emdiff.changes import fork, versions
 from emdiff.errors import UsageError
 from emdiff.evaluate import Evaluation, Task, drifts, evaluate, ratios, write_evaluation
 from emdiff.features import feature_module
@@ -24,8 +23,9 @@ from emdiff.observations import Observations, read_data, read_observations, read
 from emdiff.plan import Config, default_name, make_plan, print_plan, resolve_device, resolved_config
 from emdiff.posterior import check_shape, run_walk, sample_posterior
 from emdiff.prior import load_prior, sample_prior
+from emdiff.reading import read_json, read_yaml
 from emdiff.report import write_report
-from emdiff.runs import Run, latest_prior, round_metrics, round_of, versions
+from emdiff.runs import Run, latest_prior, round_metrics, round_of
 from emdiff.scale import estimate_scale
 from emdiff.streams import stream
 from emdiff.track import Tracker
@@ -80,6 +80,7 @@ class Console:
 
 def bars() -> Callable[[str, int], Callable[[int], None]]:
     """Phases shown as one bar after the other."""
+
     def phase(name: str, total: int) -> Callable[[int], None]:
         bar = tqdm(total=total, desc=name, leave=False, file=sys.stderr)
 
@@ -93,8 +94,8 @@ def bars() -> Callable[[str, int], Callable[[int], None]]:
     return phase
 
 
-def fit_command(config: Config) -> None:
-    """`emdiff fit`."""
+def fit_command(config: Config, defaults: Config, forked: str | None = None) -> None:
+    """`emdiff fit`; defaults are the settings of a user who says nothing, forked the folder of a fork, if one is wanted."""
     path, device = Path(config["observations"]), resolve_device(config["device"])
     shape = tuple(config["shape"]) if config["shape"] else None
     data = read_observations(path, config["observer"], config["noise_std"], shape, config["uint8_range"])
@@ -102,20 +103,31 @@ def fit_command(config: Config) -> None:
     plan, reasons = make_plan(config, data, scale, device)
     resolved = resolved_config(config, plan)
     out = Path(config["out"]) if config["out"] else Path("runs") / default_name(path, resolved)
-    run = Run(out, resolved, path, needed=4 * (plan.iters + 3) * len(data) * math.prod(data.shape))
-    print_plan(data, scale, plan, reasons, out, run.finished())
-    tracker = Tracker(config["wandb"], out, resolved, warn=lambda line: print(f"note: {line}"))
-    truth = read_truth(path)
-    fixed = {} if truth is None else {"truth": truth[:12]}
-    console = Console(run, tracker, fixed | ({"observation": data.obs[:12]} if data.obs.shape[1:] == data.shape else {}))
-    try:
-        run_fit(data, scale, plan, run, console, (lambda x: truth_figures(x, truth)) if truth is not None else (lambda x: {}))
-    finally:
-        console.close()
-        tracker.artifact(out / "report.html")
-        tracker.close()
+    if forked is not None:
+        fork(out, Path(forked), resolved, path, (len(data), *data.shape), config, defaults)
+        out, resolved = Path(forked), {**resolved, "out": forked}
+    needed = 4 * (plan.iters + 3) * len(data) * math.prod(data.shape)
+    with Run(out, resolved, path, needed, config, defaults) as run:
+        print_plan(data, scale, plan, reasons, out, run.finished())
+        tracker = Tracker(config["wandb"], out, resolved, warn=lambda line: print(f"note: {line}"))
+        truth = read_truth(path)
+        fixed = {} if truth is None else {"truth": truth[:12]}
+        console = Console(run, tracker, fixed | ({"observation": data.obs[:12]} if data.obs.shape[1:] == data.shape else {}))
+        try:
+            run_fit(data, scale, plan, run, console, (lambda x: truth_figures(x, truth)) if truth is not None else (lambda x: {}))
+            if _stale(out / "report.html", run.round_path(run.finished()) / "metrics.json"):
+                write_report(out)
+        finally:
+            console.close()
+            tracker.artifact(out / "report.html")
+            tracker.close()
     print(f"prior: {latest_prior(out)}   report: {out / 'report.html'}   pictures: {out / 'figures'}   figures: {out / 'metrics.jsonl'}")
     print(f"next: emdiff evaluate --run {out} --observations {path}; emdiff sample --run {out} --out samples.npz")
+
+
+def _stale(page: Path, source: Path) -> bool:
+    """Whether a page is missing or older than what it shows: the process that wrote it was stopped."""
+    return not page.is_file() or page.stat().st_mtime < source.stat().st_mtime
 
 
 def sample_command(run: Path, count: int, out: Path, levels: int, steps: int, seed: int, device: str) -> None:
@@ -170,11 +182,11 @@ def evaluate_command(
     about = {"run": run.name, "observations": str(file), "observations_count": len(data), "samples": samples, "iter": iteration, "seed": seed,
              "features": features, "versions": versions()}  # fmt: skip
     verdict = write_evaluation(out, about, found, history, rival)
-    mode = wandb or yaml.safe_load((run / "config.yaml").read_text()).get("wandb", "off")
+    mode = wandb or str(read_yaml(run / "config.yaml").get("wandb", "off"))
     if out == run / "evaluation":
         write_report(run)
     tracker = Tracker(mode, run, {}, warn=lambda line: print(f"note: {line}"))
-    tracker.evaluation(json.loads((out / "metrics.json").read_text()), found.arrays)
+    tracker.evaluation(read_json(out / "metrics.json"), found.arrays)
     tracker.artifact(run / "report.html")
     tracker.close()
     print_evaluation(found, rival)

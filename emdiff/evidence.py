@@ -12,15 +12,16 @@ posterior estimators for general inference (Lemos et al. 2023).
 
 from __future__ import annotations
 
-import json
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import binom
 
+from emdiff.archive import array_names, load_array, open_archive
 from emdiff.charts import Chart, number, padded
+from emdiff.errors import UsageError
+from emdiff.reading import read_json
 from emdiff.strips import RESIDUAL, SPREAD, Strip, as_images, shown_range, strip
 
 Arrays = dict[str, np.ndarray]
@@ -63,15 +64,15 @@ def read_evaluation(run: Path) -> Evaluation | None:
     if not (folder / "metrics.json").is_file() and not (folder / "arrays.npz").is_file():
         return None
     try:
-        metrics = json.loads((folder / "metrics.json").read_text())
-    except (OSError, ValueError) as error:
-        notes.append(f"{folder / 'metrics.json'} cannot be read ({error}); run `emdiff evaluate` again")
+        metrics = read_json(folder / "metrics.json")
+    except UsageError as error:
+        notes.append(f"{error}: run `emdiff evaluate` again")
     try:
-        with np.load(folder / "arrays.npz", allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        notes.append(f"{folder / 'arrays.npz'} cannot be read ({error}); run `emdiff evaluate` again")
-    return Evaluation(metrics if isinstance(metrics, dict) else {}, arrays, notes)
+        with open_archive(folder / "arrays.npz", (".npz",)) as file:
+            arrays = {name: load_array(folder / "arrays.npz", file, name) for name in array_names(file)}
+    except UsageError as error:
+        notes.append(f"{error}: run `emdiff evaluate` again")
+    return Evaluation(metrics, arrays, notes)
 
 
 def figures(metrics: dict[str, Any], name: str = "figures") -> dict[str, float]:

@@ -1,6 +1,9 @@
 """Feature modules for Frechet and kernel distances: a named one that needs no weights, or a TorchScript file of the user's.
 
 Distances compare only within one feature module, so its name stands next to every figure.
+
+A TorchScript file is a program: loading it can already run what it holds, with operators that read and write files. No other file that emdiff opens
+runs anything, so this one is opened only where its name says that its maker is trusted: trust:FILE.
 """
 
 from __future__ import annotations
@@ -14,6 +17,9 @@ from emdiff.errors import UsageError
 
 RANDOM = "random-conv-64"
 """Name of the module that is there without a file."""
+
+TRUST = "trust:"
+"""What stands before the name of a TorchScript file whose maker the user trusts."""
 
 
 class RandomConv(nn.Module):
@@ -61,18 +67,21 @@ def feature_module(name: str, example: Tensor) -> nn.Module:
     """A feature module by name or file.
 
     Args:
-        name: RANDOM, or the path of a TorchScript file.
+        name: RANDOM, or TRUST and the path of a TorchScript file.
         example: Images (n, C, H, W) it has to take.
 
     Raises:
-        UsageError: if the file is missing, is not TorchScript, or does not map images to one vector each.
+        UsageError: if the file is missing, is not trusted, is not TorchScript, or does not map images to one vector each.
     """
     if name == RANDOM:
         return RandomConv(example.shape[1])
-    if not Path(name).is_file():
-        raise UsageError(f"--features {name}: there is no such file; give a TorchScript file, or {RANDOM}")
+    file = Path(name.removeprefix(TRUST))
+    if not file.is_file():
+        raise UsageError(f"--features {name}: there is no such file; give {TRUST}FILE, a TorchScript file, or {RANDOM}")
+    if not name.startswith(TRUST):
+        raise UsageError(f"--features {name}: a TorchScript file is a program; if you trust its maker, say {TRUST}{name}")
     try:
-        module = torch.jit.load(name, map_location="cpu").eval()
+        module = torch.jit.load(str(file), map_location="cpu").eval()
         with torch.no_grad():
             out = module(example[:2].float())
     except (RuntimeError, ValueError) as error:

@@ -1,10 +1,12 @@
-"""Files that are there whole or not at all: written to a temporary name in the same folder, then renamed."""
+"""Files that are there whole or not at all: written to a temporary name in the same folder, handed to the disk, then renamed."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,16 +17,21 @@ from emdiff.errors import UsageError
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file next to path, then rename it to path.
+    """Let `write` fill a temporary file next to path, hand it to the disk, then rename it to path.
+
+    The temporary name is made anew and held by this process before anything is written, so that nobody's link is followed.
 
     Raises:
         UsageError: where the disk is full or the folder cannot be written; nothing is left behind.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         write(temporary)
+        to_disk(temporary)
         os.replace(temporary, path)
+        to_disk(path.parent)
     except (OSError, RuntimeError) as error:
         raise UsageError(f"{path}: cannot be written ({one_line(error)}); check the folder and its free space, or choose another --out") from error
     finally:
@@ -32,15 +39,45 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files that a killed process left in a folder; only for whoever owns it."""
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 def one_line(error: BaseException) -> str:
     """What went wrong, on one line: the system's own words where it has some."""
     errno = getattr(error, "errno", None)
-    return os.strerror(errno) if errno else " ".join(str(error).split())
+    return os.strerror(errno) if errno else " ".join(str(error).split()) or type(error).__name__
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file."""
+    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, indented."""
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
@@ -61,11 +98,3 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
             np.savez(file, **arrays)
 
     write_atomically(path, write)
-
-
-def append_line(path: Path, value: dict[str, Any]) -> None:
-    """Append one JSON object as a line, in one write, and hand it to the disk."""
-    with path.open("a") as file:
-        file.write(json.dumps(value) + "\n")
-        file.flush()
-        os.fsync(file.fileno())

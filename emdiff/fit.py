@@ -103,6 +103,8 @@ def run_fit(
     Returns:
         The prior of the last round, or of the best where plan.stop.
     """
+    if run.finished() >= 0:
+        scale = load_prior(run.round_path(0) / "prior.safetensors").scale  # a fork may have another seed, its rounds keep their scale
     standard = scale.observations(data)
     for k in range(run.finished() + 1, plan.iters + 1):
         if plan.stop and k > 1 and should_stop(run.history()):
@@ -170,14 +172,14 @@ def em_round(k: int, data: Observations, scale: Scale, plan: Plan, run: Run, lis
     """One E-step and one M-step: samples x (N, *S), the new prior, figures; data standardised. Leaves the chains in the folder."""
     prior = load_prior(run.round_path(k - 1) / "prior.safetensors", plan.device)
     clock = time.perf_counter()
-    walk, relax = plan.walk, k > 1 and over_relaxes(k, plan, run.metrics(k - 1)["sample_std"], scale)
+    walk, relax = plan.walk, k > 1 and over_relaxes(k, plan, run.figure(k - 1, "sample_std"), scale)
     if k == 1:
         x = scale.standardise(run.array(0, "samples"))
         draws = Draws(x, x, 0.0)
     else:
         bar = listener.phase(f"round {k}: E-step", len(data))
         walk = walk._replace(tau_last=walk.tau_relax) if relax else walk
-        chains, bound = run.array(k - 1, "chains"), run.metrics(0)["bound"]
+        chains, bound = run.array(k - 1, "chains"), run.figure(0, "bound")
         if walk.pool:
             chains = restart(prior, data, chains, walk.pool, walk.tau_first, stream(plan.seed, "pool", k, device=plan.device))
         draws = e_step(prior.denoiser, data, chains, walk, stream(plan.seed, "e-step", k, device=plan.device), bound, bar, plan.walk.tau_last)

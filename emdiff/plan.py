@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
+from emdiff.changes import FREE
 from emdiff.em import Walk, choose_guidance
 from emdiff.errors import UsageError
+from emdiff.files import sha256
 from emdiff.fit import Plan, level_maps
 from emdiff.gaussian import DENSE
 from emdiff.observations import Observations
 from emdiff.pool import applies, noise
 from emdiff.posterior import default_pool, default_tau_first
 from emdiff.prior import choose_network
-from emdiff.runs import FREE, fingerprint
 from emdiff.scale import Scale
 from emdiff.start import choose_start
 
@@ -133,7 +134,7 @@ def resolved_config(config: Config, plan: Plan) -> Config:
 def default_name(path: Path, resolved: Config) -> str:
     """NAME-HASH: the file's name and eight hex digits of what a run may not change."""
     fixed = {k: v for k, v in resolved.items() if k not in FREE}
-    text = json.dumps(fixed, sort_keys=True) + fingerprint(path)
+    text = json.dumps(fixed, sort_keys=True) + sha256(path)
     return f"{path.stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import yaml
 from torch import Tensor
 
 from emdiff.em import Walk, choose_guidance, e_step
 from emdiff.errors import UsageError
+from emdiff.langevin import STEPS
 from emdiff.observations import Observations
 from emdiff.pool import applies, restart
 from emdiff.prior import Prior
+from emdiff.reading import read_yaml
 
 BURN_IN = 5
 """Passes of persistent chains that start at the mean, before the first sample is taken."""
@@ -38,12 +39,27 @@ class Posterior(NamedTuple):
 
 
 def run_walk(run: Path, data: Observations, device: str) -> Walk:
-    """The walk a run was made with, with the guidance that these observations allow."""
-    config = yaml.safe_load((run / "config.yaml").read_text())
+    """The walk a run was made with, with the guidance that these observations allow.
+
+    Raises:
+        UsageError: if the run's configuration cannot be read, or holds no walk.
+    """
+    file = run / "config.yaml"
+    stored, known = read_yaml(file).get("walk"), Walk()._asdict()
+    if not isinstance(stored, dict):
+        raise UsageError(f"{file}: holds no settings of a walk; restore the file")
     guidance, _ = choose_guidance(data, "auto")
-    walk = {**config["walk"], "guidance": guidance, "batch": 4096 if device == "cuda" else 500}
+    walk = {**stored, "guidance": guidance, "batch": 4096 if device == "cuda" else 500}
     walk["pool"] = default_pool(data, guidance) if walk.get("pool") is None else walk["pool"]
-    walk["tau_first"] = walk["tau_first"] or default_tau_first(guidance, walk["pool"])
+    walk["tau_first"] = walk.get("tau_first") or default_tau_first(guidance, walk["pool"])
+    for name, value in walk.items():
+        kind = type(known.get(name))
+        if name not in known or not (isinstance(value, kind) or (kind is float and type(value) is int)) or (kind is int and not 0 <= value <= 10**7):
+            raise UsageError(f"{file}: walk.{name} is {value!r}, which is no setting of a walk; restore the file")
+    if walk["step"] not in STEPS or not 0 < walk["tau_last"] < walk["tau_first"] or not 2 <= walk["levels"] <= 10_000:
+        raise UsageError(
+            f"{file}: {walk['levels']} {walk['step']} levels from {walk['tau_first']} to {walk['tau_last']} are no walk; restore the file"
+        )
     return Walk(**walk)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import emdiff
 from emdiff.accumulate import accumulate, levels
 from emdiff.errors import UsageError
-from emdiff.files import write_atomically
+from emdiff.files import one_line, write_atomically
 from emdiff.mdae import MDAE
 from emdiff.nn import MLP, UNet
 from emdiff.scale import Scale
@@ -29,6 +29,10 @@ NETWORKS: dict[str, type[nn.Module]] = {"unet": UNet, "mlp": MLP}
 
 TAU_FIRST = 20.0
 """Coarsest level, in units of the data's std: the mean of a 28 x 28 image has been blurred beyond its own spread."""
+
+
+LARGEST = 10_000
+"""Most features, blocks and so on of a network that is read from a file; its square, entries of a datum."""
 
 
 class Prior(NamedTuple):
@@ -114,15 +118,38 @@ def load_prior(path: Path, device: str = "cpu") -> Prior:
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["emdiff"])
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        denoiser = build_network(tuple(about["shape"]), **about["network"])
+            shape, network, scale, tau_last = _checked(about)
+            with torch.device("meta"):  # nothing is allocated for a network that is not in the file
+                wanted = {name: tuple(value.shape) for name, value in build_network(shape, **network).state_dict().items()}
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            if found != wanted:
+                raise ValueError(f"its {len(found)} arrays are not those of its network {network}")
+            weights = {name: file.get_tensor(name) for name in found}
+        if not all(bool(value.isfinite().all()) for value in weights.values()):
+            raise ValueError("its weights are not finite")
+        denoiser = build_network(shape, **network)
         denoiser.load_state_dict(weights)
-        scale = Scale(*map(float, about["scale"]))
-        prior = Prior(denoiser, scale, tuple(about["shape"]), float(about["tau_last"]), about["network"])
-    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise UsageError(f"{path}: not a prior that emdiff {emdiff.__version__} can read ({str(error).splitlines()[0]})") from error
+    except (SafetensorError, ArithmeticError, AttributeError, LookupError, MemoryError, OSError, ValueError, TypeError, RuntimeError) as error:
+        raise UsageError(f"{path}: not a prior that emdiff {emdiff.__version__} can read ({one_line(error)})") from error
     set_precision(denoiser, device).to(device).eval().requires_grad_(False)
-    return prior
+    return Prior(denoiser, scale, shape, tau_last, network)
+
+
+def _checked(about: dict[str, Any]) -> tuple[tuple[int, ...], dict[str, Any], Scale, float]:
+    """Shape, network, scale and tau_last that a file declares, if a prior can have them.
+
+    Raises:
+        ValueError: naming what it cannot.
+    """
+    shape, network, scale, tau_last = tuple(about["shape"]), about["network"], Scale(*map(float, about["scale"])), float(about["tau_last"])
+    options = [n for value in network.values() for n in (value if isinstance(value, list) else [value]) if not isinstance(value, str)]
+    if len(options) > 100 or not all(type(n) in (int, bool) and n <= LARGEST for n in options):
+        raise ValueError(f"network {network}")
+    if not (1 <= len(shape) <= 8 and all(type(n) is int and n > 0 for n in shape) and math.prod(shape) <= LARGEST**2):
+        raise ValueError(f"shape {shape}")
+    if not (math.isfinite(scale.mean) and 0 < scale.std < math.inf and 0 < tau_last < TAU_FIRST):
+        raise ValueError(f"scale {tuple(scale)}, tau_last {tau_last}")
+    return shape, network, scale, tau_last
 
 
 @torch.inference_mode()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +18,11 @@ from markupsafe import Markup
 
 import emdiff
 from emdiff.charts import Chart, nice_ticks, number, padded
+from emdiff.errors import UsageError
 from emdiff.evidence import calibration, figures, is_number, read_evaluation, reconstructions, residuals
-from emdiff.files import one_line, write_atomically
+from emdiff.files import write_atomically
 from emdiff.meanings import FIRST, meaning, order
+from emdiff.reading import read_json, read_text
 from emdiff.runs import round_metrics
 from emdiff.strips import file_uri
 
@@ -213,15 +214,14 @@ def _when(run: Path, k: int) -> str:
 def _text(path: Path) -> str:
     """A text file, or what kept it from being read."""
     try:
-        return path.read_text(errors="replace")
-    except OSError as error:
-        return f"{path}: cannot be read ({one_line(error)})"
+        return "" if path.is_symlink() else read_text(path)
+    except UsageError as error:
+        return str(error)
 
 
 def _json(path: Path) -> dict[str, Any]:
     """An object of a JSON file, or what kept it from being read."""
     try:
-        found = json.loads(path.read_text(errors="replace"))
-    except (OSError, ValueError) as error:
-        return {"note": f"{path} cannot be read ({one_line(error)})"}
-    return found if isinstance(found, dict) else {"note": f"{path} holds no object"}
+        return read_json(path)
+    except UsageError as error:
+        return {"note": str(error)}

@@ -2,22 +2,21 @@ r"""The run folder is the state of a fit: running the same command again continu
 
     config.yaml           the resolved configuration, readable by `emdiff fit --config`
     about.json            versions, git hash, device, the fingerprint of the observations
-    metrics.jsonl         one line per finished round, appended
+    metrics.jsonl         one line per finished round
     start/                first samples and what made them
-    round_003/            prior.safetensors, samples.npy (user's units), chains.npy (latest round only), metrics.json
+    round_003/            prior.safetensors, samples.npy (user's units), chains.npy (latest round only), sha256.txt, metrics.json
     figures/              pictures per round
     best.json             the iteration whose prior later commands take, where it is not the last
+    lock                  whose run this is, while a fit works on it (lock)
 
 metrics.json is written last: a round that has none did not finish and is done again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import platform
 import shutil
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,67 +24,89 @@ import numpy as np
 import torch
 import yaml
 
-import emdiff
+from emdiff.archive import load_array, open_archive
+from emdiff.changes import Config, differences, refuse, versions
 from emdiff.errors import UsageError
-from emdiff.files import append_line, write_array, write_atomically, write_json
+from emdiff.files import remove_leftovers, sha256, write_array, write_json, write_text
+from emdiff.lock import Lock
+from emdiff.reading import number, read_json, read_text
 
-FREE = ("iters", "stop", "device", "wandb", "out", "observations")
-"""Settings that may change when a run is continued; the observations are compared by their fingerprint."""
-
-
-def fingerprint(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+SUMS = "sha256.txt"
+"""SHA-256 of the files of a round, as `sha256sum --check` reads them."""
 
 
 class Run:
-    """One run folder.
+    """One run folder, locked until `close`; a context manager.
 
     Args:
         path: The folder; made if it does not exist.
         config: The resolved configuration, plain values.
         observations: The observations file.
         needed: Bytes that the samples of all rounds will take.
+        given: The configuration before it was resolved, and
+        defaults: what it is where the user says nothing: a setting that an older run does not know had its default there.
+        say: Told of what is odd and not wrong.
 
     Raises:
-        UsageError: if the folder holds something else, or a run with another configuration or other observations, or if its disk has
-            too little space.
+        UsageError: if the folder holds something else, another process's run, or a run with another configuration, other observations or files
+            that were changed, or if its disk has too little space.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], observations: Path, needed: int = 0) -> None:
+    def __init__(
+        self, path: Path, config: Config, observations: Path, needed: int = 0, given: Config | None = None, defaults: Config | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:  # fmt: skip
         self.path = path
         _check_space(path, needed)
-        print_ = fingerprint(observations)
+        about = {**versions(), "threads": torch.get_num_threads(), "observations_sha256": sha256(observations)}
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path}: --out is a file; give a folder")
-        if (path / "config.yaml").is_file():
-            self._compare(config, print_)
-        elif path.is_dir() and any(path.iterdir()):
+        continues = (path / "config.yaml").is_file()
+        if continues:
+            refuse(path, differences(path, config, about, given or config, defaults or config))
+        elif path.is_dir() and any(p.name not in ("lock", ".lock.guard") for p in path.iterdir()):
             raise UsageError(f"{path}: --out is a folder that is not empty and holds no emdiff run; give a new folder")
         try:
             path.mkdir(parents=True, exist_ok=True)
+            self.lock = Lock(path, say)
         except OSError as error:
             raise UsageError(f"{path}: cannot be made ({error.strerror}); choose another --out") from error
-        write_json(path / "about.json", _about(print_))
-        text = yaml.safe_dump(config, sort_keys=False)
-        write_atomically(path / "config.yaml", lambda temporary: temporary.write_text(text))
+        try:
+            if continues:
+                self._take_up(about, say)
+            write_json(path / "about.json", about)
+            write_text(path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        except BaseException:
+            self.close()
+            raise
 
-    def _compare(self, config: dict[str, Any], print_: str) -> None:
-        before = yaml.safe_load((self.path / "config.yaml").read_text())
-        changed = [k for k in config if k not in FREE and config[k] != before.get(k)]
-        if changed:
-            k = changed[0]
-            raise UsageError(
-                f"{self.path}: this run was started with {k} = {before.get(k)}, now it is {config[k]}; "
-                "continue it with its own configuration, or give another --out"
-            )
-        about = self.path / "about.json"
-        if about.is_file() and json.loads(about.read_text())["observations_sha256"] != print_:
-            raise UsageError(f"{self.path}: this run was started on other observations (their SHA-256 differs); give another --out")
+    def _take_up(self, about: dict[str, Any], say: Callable[[str], None]) -> None:
+        """Check what is there, and say what else than the settings has changed."""
+        for path in [p for p in [*self.path.iterdir(), *self.path.glob("round_*/*"), *self.path.glob("start/*")] if p.name != "wandb"]:
+            if path.is_symlink():
+                raise UsageError(f"{path}: is a symbolic link; a run folder holds its own files, put the file itself there")
+        before = read_json(self.path / "about.json") if (self.path / "about.json").is_file() else {}
+        about |= {k: before[k] for k in ("forked_from", "forked_after", "forked_changes") if k in before}
+        for name in ("python", "numpy", "git", "threads"):
+            if before.get(name, about[name]) != about[name]:
+                say(f"note: this run was at {name} {before[name]}, now {about[name]}: rounds may differ in rounding")
+        if self.finished() >= 0:
+            for name in ("prior.safetensors", "samples.npy", "chains.npy"):
+                if (self.round_path(self.finished()) / name).is_file():
+                    check_sum(self.round_path(self.finished()) / name)
+            self._write_table()
+        for folder in [self.path, *self.path.glob("round_*"), self.path / "start", self.path / "figures"]:
+            remove_leftovers(folder)
+
+    def close(self) -> None:
+        """Let others have the folder."""
+        self.lock.release()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def round_path(self, k: int) -> Path:
         """The folder of iteration k; 0 is the start."""
@@ -101,11 +122,18 @@ class Run:
     def array(self, k: int, name: str) -> torch.Tensor | None:
         """An array of round k, or None where it has none."""
         file = self.round_path(k) / f"{name}.npy"
-        return torch.from_numpy(np.load(file)) if file.is_file() else None
+        if not file.is_file():
+            return None
+        with open_archive(file, (".npy",)) as stored:
+            return torch.from_numpy(np.array(load_array(file, stored, "arr_0")))
 
     def metrics(self, k: int) -> dict[str, Any]:
         """The figures of round k."""
-        return json.loads((self.round_path(k) / "metrics.json").read_text())
+        return read_json(self.round_path(k) / "metrics.json")
+
+    def figure(self, k: int, name: str) -> float:
+        """One figure of round k, a finite number."""
+        return number(self.metrics(k), name, self.round_path(k) / "metrics.json")
 
     def history(self) -> list[dict[str, Any]]:
         """The figures of the start and of all finished rounds, in order."""
@@ -130,10 +158,34 @@ class Run:
 
     def finish(self, k: int, metrics: dict[str, Any]) -> None:
         """Declare round k complete, and drop the chains of the round before it."""
-        write_json(self.round_path(k) / "metrics.json", metrics)
-        append_line(self.path / "metrics.jsonl", metrics)
+        folder = self.round_path(k)
+        files = [p for p in sorted(folder.iterdir()) if p.suffix in (".npy", ".safetensors") and not p.name.startswith(".")]
+        write_text(folder / SUMS, "".join(f"{sha256(p)}  {p.name}\n" for p in files))
+        write_json(folder / "metrics.json", metrics)
+        self._write_table()
         if k:
             (self.round_path(k - 1) / "chains.npy").unlink(missing_ok=True)
+
+    def _write_table(self) -> None:
+        """metrics.jsonl, made anew from the rounds: a process killed between the two files leaves no gap and no half line."""
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.history()))
+
+
+def check_sum(path: Path) -> None:
+    """Refuse a file of a round that is not the one that was written; a round of an older emdiff has no sums to check.
+
+    Raises:
+        UsageError: naming the file and both sums.
+    """
+    sums = path.parent / SUMS
+    if not sums.is_file():
+        return
+    wanted = {name: digest for digest, _, name in (line.partition("  ") for line in read_text(sums).splitlines())}.get(path.name)
+    if wanted is not None and wanted != sha256(path):
+        raise UsageError(
+            f"{path}: its SHA-256 is {sha256(path)[:12]}..., when it was written it was {wanted[:12]}...: the file was changed or is damaged; "
+            "restore it from a copy, or fit again with another --out"
+        )
 
 
 def _check_space(path: Path, needed: int) -> None:
@@ -147,10 +199,10 @@ def _check_space(path: Path, needed: int) -> None:
 
 
 def latest_prior(run: Path) -> Path:
-    """The prior of a run: of the iteration that best.json names, else of the last finished round.
+    """The prior of a run: of the iteration that best.json names, else of the last finished round; checked against its sum.
 
     Raises:
-        UsageError: if the folder is missing or has no finished round.
+        UsageError: if the folder is missing, has no finished round, or the file is not the one that was written.
     """
     if not run.is_dir():
         raise UsageError(f"{run}: there is no such run folder; give the one that `emdiff fit` named in its last line")
@@ -158,8 +210,10 @@ def latest_prior(run: Path) -> Path:
     if not done:
         raise UsageError(f"{run}: this run has no finished round yet; run `emdiff fit` to its first round")
     best = run / "best.json"
-    chosen = f"round_{json.loads(best.read_text())['iter']:03d}" if best.is_file() else done[-1].name
-    return next((folder for folder in done if folder.name == chosen), done[-1]) / "prior.safetensors"
+    chosen = f"round_{int(number(read_json(best), 'iter', best)):03d}" if best.is_file() else done[-1].name
+    prior = next((folder for folder in done if folder.name == chosen), done[-1]) / "prior.safetensors"
+    check_sum(prior)
+    return prior
 
 
 def round_of(prior: Path) -> int:
@@ -177,34 +231,7 @@ def round_metrics(run: Path) -> list[dict[str, Any]]:
         raise UsageError(f"{run}: there is no such run folder; give the one that `emdiff fit` named in its last line")
     rounds: list[dict[str, Any]] = []
     while (path := run / (f"round_{len(rounds):03d}" if rounds else "start") / "metrics.json").is_file():
-        try:
-            rounds.append({**json.loads(path.read_text()), "iter": len(rounds)})
-        except (OSError, ValueError, TypeError) as error:
-            raise UsageError(f"{path}: cannot be read ({error}); remove it and run the same `emdiff fit` again") from error
+        rounds.append({**read_json(path), "iter": len(rounds)})
     if not rounds:
         raise UsageError(f"{run}: this run has no finished round yet; run `emdiff fit` to its first round")
     return rounds
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of what computes, and the git hash of a source checkout."""
-    return {
-        "emdiff": emdiff.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "git": _git_hash(),
-    }
-
-
-def _about(print_: str) -> dict[str, Any]:
-    return {**versions(), "threads": torch.get_num_threads(), "observations_sha256": print_}
-
-
-def _git_hash() -> str | None:
-    """The commit of a source checkout, None elsewhere."""
-    here = Path(__file__).resolve().parent.parent
-    if not (here / ".git").exists():
-        return None
-    done = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None

@@ -74,8 +74,11 @@ def data_uri(content: bytes) -> str:
 
 
 def file_uri(path: Path) -> str | None:
-    """A data URI of a PNG file; None where there is no file."""
-    return data_uri(path.read_bytes()) if path.is_file() else None
+    """A data URI of a PNG file; None where there is none: a link or another file under its name is not shown."""
+    if path.is_symlink() or not path.is_file():
+        return None
+    content = path.read_bytes()
+    return data_uri(content) if content.startswith(b"\x89PNG") else None
 
 
 def shown_range(x: np.ndarray) -> tuple[float, float]:

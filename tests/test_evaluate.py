@@ -160,7 +160,9 @@ def test_features_by_name_and_from_a_file(tmp_path: Path) -> None:
     torch.testing.assert_close(feature_module(RANDOM, x)(x), RandomConv(1)(x))
     file = tmp_path / "pixels.pt"
     torch.jit.script(Pixels()).save(str(file))
-    module = feature_module(str(file), x)
+    with pytest.raises(UsageError, match="trust:"):
+        feature_module(str(file), x)
+    module = feature_module(f"trust:{file}", x)
     torch.testing.assert_close(module(x), x.flatten(1)[:, :6] * 2)
     same, other = (FeatureDistance(module, x)(y) for y in (x, x + 0.3))
     assert same.frechet == pytest.approx(0, abs=1e-5) and other.frechet == pytest.approx(6 * 0.36, rel=1e-3) and other.kernel > 10 * abs(same.kernel)
@@ -168,7 +170,7 @@ def test_features_by_name_and_from_a_file(tmp_path: Path) -> None:
     torch.jit.script(torch.nn.Conv2d(1, 2, 3)).save(str(tmp_path / "maps.pt"))
     for name, words in (("nowhere.pt", "no such file"), ("junk.pt", "not a TorchScript module"), ("maps.pt", "one vector per image")):
         with pytest.raises(UsageError, match=words):
-            feature_module(str(tmp_path / name), x)
+            feature_module(f"trust:{tmp_path / name}", x)
 
 
 def test_the_command_writes_figures_and_refuses_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:

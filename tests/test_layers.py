@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors", "streams", "settings", "meanings", "charts"},
     {"files", "measurement", "linalg"},
-    {"archive", "denoise", "langevin", "printing"},
-    {"observations"},
+    {"archive", "denoise", "langevin", "printing", "reading"},
+    {"observations", "lock", "changes"},
     {"accumulate", "guidance", "gaussian"},
     {"nn", "mdae", "scale", "metrics", "calibration", "features", "verdict", "start", "training"},
     {"prior", "runs"},
