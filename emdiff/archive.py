@@ -51,6 +51,11 @@ def _archive(path: Path, suffix: str) -> AbstractContextManager[Any]:
     with path.open("rb") as content:
         if not content.read(8).startswith(SIGNATURES[suffix]):
             raise UsageError(f"{path}: is not an {suffix} file, whatever its name says; write it with numpy or h5py")
+        content.seek(0)
+        if suffix == ".npy":
+            shape, dtype = _npy_header(content)
+            if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > path.stat().st_size:
+                raise UsageError(f"{path}: declares shape {shape} of {dtype}, more than the file can hold; write it again")
     if suffix == ".npy":
         return nullcontext({"arr_0": np.load(path, mmap_mode="r", allow_pickle=False)})
     archive: AbstractContextManager[Any] = np.load(path, allow_pickle=False) if suffix == ".npz" else h5py.File(path, "r")

@@ -7,13 +7,17 @@ from inspect import signature
 from pathlib import Path
 from typing import Literal, Optional
 
-from jsonargparse import ArgumentParser, auto_parser
+from jsonargparse import ArgumentParser, auto_parser, get_loader, set_loader
+from yaml import YAMLError
 
 from emdiff.errors import UsageError
+from emdiff.reading import check_configs, guarded
 from emdiff.settings import TrainSettings, WalkSettings
 from observers.recipes import Recipe, identity
 
 Device = Literal["auto", "cpu", "cuda"]
+
+set_loader("yaml", guarded(get_loader("yaml")), (YAMLError,))
 
 
 def observe(
@@ -282,6 +286,10 @@ def main(arguments: Optional[list[str]] = None) -> None:
     """Run a command; bad input ends with status 2 and one message."""
     arguments = [dashes(a) for a in (sys.argv[1:] if arguments is None else arguments)]
     parser = auto_parser(COMMANDS, as_positional=False, parser_class=Parser, prog="emdiff", allow_abbrev=False)
+    try:
+        check_configs(arguments)
+    except UsageError as error:
+        parser.error(str(error))
     chosen = parser.parse_args(arguments)
     try:
         settings = parser.instantiate(chosen)[chosen.subcommand]

@@ -1,5 +1,9 @@
 """What a user can mend."""
 
+from __future__ import annotations
+
+import os
+
 
 class UsageError(Exception):
     """Bad input: a file, a value or a combination of options that the user can correct.
@@ -28,3 +32,9 @@ def printable(text: str, most: int = 1000) -> str:
     """
     text = text if len(text) <= most else f"{text[: 2 * most // 3]} ... {text[-most // 3 :]}"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, on one line: the system's own words where it has some."""
+    errno = getattr(error, "errno", None)
+    return os.strerror(errno) if errno else " ".join(str(error).split()) or type(error).__name__

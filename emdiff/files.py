@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from emdiff.errors import UsageError
+from emdiff.errors import UsageError, one_line
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -53,12 +53,6 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob(".*.tmp"):
         with contextlib.suppress(OSError):
             path.unlink()
-
-
-def one_line(error: BaseException) -> str:
-    """What went wrong, on one line: the system's own words where it has some."""
-    errno = getattr(error, "errno", None)
-    return os.strerror(errno) if errno else " ".join(str(error).split()) or type(error).__name__
 
 
 def sha256(path: Path) -> str:

@@ -8,14 +8,17 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from emdiff.errors import UsageError
-from emdiff.files import one_line
+from emdiff.errors import UsageError, one_line
 
 MOST = 1 << 24
 """Bytes of the largest text file that is read."""
+
+MOST_YAML = 1 << 18
+"""Bytes of the largest YAML file, which is slow to read."""
 
 DEPTH = 20
 """Lists and mappings within one another, at most."""
@@ -45,7 +48,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: if it cannot be read, or holds something else.
     """
-    return _mapping(path, json.loads)
+    return _mapping(path, json.loads, MOST)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -54,11 +57,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: if it cannot be read, or holds something else.
     """
-    return _mapping(path, parse_yaml)
+    return _mapping(path, parse_yaml, MOST_YAML)
 
 
-def _mapping(path: Path, parse: Any) -> dict[str, Any]:
-    text = read_text(path)
+def _mapping(path: Path, parse: Callable[[str], Any], most: int) -> dict[str, Any]:
+    text = read_text(path, most)
     try:
         value = parse(text)
     except (ValueError, RecursionError, OverflowError, MemoryError) as error:
@@ -113,6 +116,32 @@ def check_yaml(text: str) -> None:
 def _known_class(name: str) -> bool:
     """Whether a class named in a configuration is one of emdiff's own."""
     return name.removeprefix("observers.recipes.").isidentifier()
+
+
+def guarded(load: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A loader of YAML that loads only what `check_yaml` lets through; complains with a YAMLError, as such loaders do."""
+    import yaml
+
+    def checked(text: str) -> Any:
+        try:
+            check_yaml(text)
+        except ValueError as error:
+            raise yaml.YAMLError(str(error)) from error
+        return load(text)
+
+    return checked
+
+
+def check_configs(arguments: list[str]) -> None:
+    """Refuse configuration files on a command line that are no small, plain YAML, before anything reads them.
+
+    Raises:
+        UsageError: naming the file.
+    """
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        name, given, value = argument.partition("=")
+        if name == "--config":
+            read_yaml(Path(value if given else following))
 
 
 def number(values: dict[str, Any], name: str, path: Path) -> float:
