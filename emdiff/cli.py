@@ -10,7 +10,8 @@ from typing import Literal, Optional
 from jsonargparse import ArgumentParser, auto_parser, get_loader, set_loader
 from yaml import YAMLError
 
-from emdiff.errors import UsageError
+from emdiff.errors import FitFailed, UsageError
+from emdiff.interrupt import Stopped
 from emdiff.reading import check_configs, guarded
 from emdiff.settings import TrainSettings, WalkSettings
 from observers.recipes import Recipe, identity
@@ -301,8 +302,14 @@ def main(arguments: Optional[list[str]] = None) -> None:
     except UsageError as error:
         print(f"emdiff: {error}", file=sys.stderr)
         sys.exit(2)
+    except FitFailed as error:
+        print(f"emdiff: {error}", file=sys.stderr)
+        sys.exit(3)
+    except Stopped as stop:
+        print(f"emdiff: stopped by {stop}; the same command continues where it was", file=sys.stderr)
+        sys.exit(stop.status)
     except KeyboardInterrupt:
-        print("emdiff: interrupted; the same command continues at the last finished round", file=sys.stderr)
+        print("emdiff: interrupted", file=sys.stderr)
         sys.exit(130)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from emdiff import interrupt
 from emdiff.changes import fork, versions
 from emdiff.errors import UsageError
 from emdiff.evaluate import Evaluation, Task, drifts, evaluate, ratios, write_evaluation
@@ -50,6 +51,8 @@ class Console:
         self.bar = bar = tqdm(total=total, desc=name, bar_format=layout, leave=False, mininterval=0.5, file=sys.stderr)
 
         def update(done: int, loss: float | None = None) -> None:
+            interrupt.check()
+            self.run.lock.renew()
             if loss is not None:
                 bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update(done - bar.n)
@@ -107,7 +110,7 @@ def fit_command(config: Config, defaults: Config, forked: str | None = None) -> 
         fork(out, Path(forked), resolved, path, (len(data), *data.shape), config, defaults)
         out, resolved = Path(forked), {**resolved, "out": forked}
     needed = 4 * (plan.iters + 3) * len(data) * math.prod(data.shape)
-    with Run(out, resolved, path, needed, config, defaults) as run:
+    with Run(out, resolved, path, needed, config, defaults) as run, interrupt.listening(run.close):
         print_plan(data, scale, plan, reasons, out, run.finished())
         tracker = Tracker(config["wandb"], out, resolved, warn=lambda line: print(f"note: {line}"))
         truth = read_truth(path)

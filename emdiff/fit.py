@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -134,9 +135,9 @@ def start_round(data: Observations, scale: Scale, plan: Plan, run: Run, listener
     denoiser = set_precision(build_network(data.shape, **plan.network), plan.device)
     metrics: dict[str, Any] = {"start": plan.start.kind}
     if plan.start.kind == "self-supervised":
-        trained = train_start(denoiser, data, plan, listener)
+        trained = train_start(denoiser, data, plan, listener, run.checkpoint(0))
         denoiser = trained.denoiser
-        metrics |= {"start_steps": trained.steps, "start_held_out": trained.held_out}
+        metrics |= {"start_steps": trained.steps, "start_held_out": trained.held_out, "retreats": trained.retreats}
     gaussian = None
     if plan.start.kind == "gaussian":
         bar = listener.phase("start: Gaussian EM", GAUSSIAN_ITERATIONS)
@@ -155,7 +156,7 @@ def start_round(data: Observations, scale: Scale, plan: Plan, run: Run, listener
     return x, Prior(denoiser, scale, data.shape, plan.walk.tau_last, plan.network), metrics
 
 
-def train_start(denoiser: MDAE, data: Observations, plan: Plan, listener: Listener) -> Trained:
+def train_start(denoiser: MDAE, data: Observations, plan: Plan, listener: Listener, checkpoint: Path) -> Trained:
     """Train a denoiser on recorrupted observations, a tenth of them held out."""
     z, sigma = data.observer.as_measurement(data.obs)
     sigma = sigma.expand(z.shape)
@@ -165,7 +166,7 @@ def train_start(denoiser: MDAE, data: Observations, plan: Plan, listener: Listen
 
     bar = listener.phase("start: self-supervised training", plan.start_steps)
     seed = stream_seed(plan.seed, "self-supervised")
-    return train(denoiser, loss, len(data), plan.start_steps, plan.batch, plan.rate, seed, max(1, len(data) // 10), plan.device, bar)
+    return train(denoiser, loss, len(data), plan.start_steps, plan.batch, plan.rate, seed, max(1, len(data) // 10), plan.device, bar, checkpoint)
 
 
 def em_round(k: int, data: Observations, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Tensor, Prior, dict[str, Any]]:
@@ -194,10 +195,11 @@ def em_round(k: int, data: Observations, scale: Scale, plan: Plan, run: Run, lis
     steps = plan.start_steps if k == 1 and (plan.start.kind == "gaussian" or maps is not None) else plan.steps
     bar = listener.phase(f"round {k}: M-step", steps)
     seed = stream_seed(plan.seed, "m-step", k)
-    trained = train(prior.denoiser, loss, len(pairs.x), steps, plan.batch, plan.rate, seed, device=plan.device, progress=bar)
+    trained = train(prior.denoiser, loss, len(pairs.x), steps, plan.batch, plan.rate, seed, 0, plan.device, bar, run.checkpoint(k))
     metrics = {
         "over_relaxed": bool(relax),
         "loss": trained.loss,
+        "retreats": trained.retreats,
         "restarted": draws.restarted,
         "kept": 0 if draws.kept is None else int(draws.kept.sum()),
         "solver_residual": draws.residual,

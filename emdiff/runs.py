@@ -147,10 +147,16 @@ class Run:
             write_json(self.path / "best.json", {"iter": k})
 
     def begin(self, k: int) -> Path:
-        """An empty folder for round k."""
-        shutil.rmtree(self.round_path(k), ignore_errors=True)
-        self.round_path(k).mkdir(parents=True)
+        """The folder of round k, empty but for the states that an attempt before this one left."""
+        self.round_path(k).mkdir(parents=True, exist_ok=True)
+        for path in self.round_path(k).iterdir():
+            if path != self.checkpoint(k):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         return self.round_path(k)
+
+    def checkpoint(self, k: int) -> Path:
+        """Where the training of round k keeps its state until the round is complete."""
+        return self.round_path(k) / "training.safetensors"
 
     def save_array(self, k: int, name: str, values: torch.Tensor) -> None:
         """Write an array of round k."""
@@ -159,6 +165,7 @@ class Run:
     def finish(self, k: int, metrics: dict[str, Any]) -> None:
         """Declare round k complete, and drop the chains of the round before it."""
         folder = self.round_path(k)
+        self.checkpoint(k).unlink(missing_ok=True)
         files = [p for p in sorted(folder.iterdir()) if p.suffix in (".npy", ".safetensors") and not p.name.startswith(".")]
         write_text(folder / SUMS, "".join(f"{sha256(p)}  {p.name}\n" for p in files))
         write_json(folder / "metrics.json", metrics)

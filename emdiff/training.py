@@ -8,26 +8,45 @@ The moving average forgets over a fifth of the training, min(decay, (1 + i)/(10 
 known beforehand the rate falls to 0: what is left of the noise of the gradients would enter every sample of the next E-step, and the
 prior's variance would creep up from iteration to iteration (docs/method.md).
 
+A training that is stopped leaves a state (checkpoint) from which it goes on as if nothing had happened: weights, average, the optimiser's moments,
+the generators, the losses. One whose loss diverges goes back to the last good average, with a rate RETREAT times lower, at most TRIES times.
+
 This is the one file that imports Lightning.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from emdiff import interrupt
+from emdiff.checkpoint import State, grouped, load_state, save_state
+from emdiff.errors import FitFailed
+
 Loss = Callable[[nn.Module, Tensor, torch.Generator], Tensor]
 
 WARMUP = 50
 """Steps over which the learning rate rises from 0."""
+
+WINDOW = 20
+"""Steps whose mean loss is looked at for divergence."""
+
+FAR = 10.0
+"""A window's mean loss this many times its running level, and above that of the first window, is divergence."""
+
+RETREAT, TRIES = 4.0, 3
+"""What the rate is divided by after a divergence, and how often that is tried."""
 
 
 class Trained(NamedTuple):
@@ -38,38 +57,51 @@ class Trained(NamedTuple):
         steps: Steps taken.
         loss: Mean loss of the last tenth of the steps.
         held_out: Best held-out loss, or None.
+        retreats: Times the loss diverged and the rate was lowered.
     """
 
     denoiser: nn.Module
     steps: int
     loss: float
     held_out: float | None
+    retreats: int = 0
 
 
 class Indices(IterableDataset):
-    """Batches of indices without end: each epoch visits every index once, in an order of its own."""
+    """Batches of indices without end: each epoch visits every index once, in an order of its own; the first `skip` batches are left out."""
 
-    def __init__(self, index: Tensor, batch: int, generator: torch.Generator) -> None:
-        self.index, self.batch, self.generator = index, min(batch, len(index)), generator
+    def __init__(self, index: Tensor, batch: int, generator: torch.Generator, skip: int = 0) -> None:
+        self.index, self.batch, self.generator, self.skip = index, min(batch, len(index)), generator, skip
 
     def __iter__(self) -> Iterator[Tensor]:
+        return itertools.islice(self._batches(), self.skip, None)
+
+    def _batches(self) -> Iterator[Tensor]:
         while True:
             order = self.index[torch.randperm(len(self.index), generator=self.generator)]
             yield from order[: len(order) // self.batch * self.batch].split(self.batch)
 
 
 class Learner(pl.LightningModule):
-    """The denoiser in training, its loss and its moving average."""
+    """The denoiser in training, its loss and its moving average; `resumed` is the state it goes on from."""
 
-    def __init__(self, denoiser: nn.Module, loss: Loss, rate: float, steps: int, anneal: bool, seed: int) -> None:
+    def __init__(self, denoiser: nn.Module, loss: Loss, rate: float, steps: int, anneal: bool, seed: int, resumed: State | None = None) -> None:
         super().__init__()
         self.denoiser, self.average = denoiser.requires_grad_(True), copy.deepcopy(denoiser)
-        self.loss_function, self.rate, self.steps, self.anneal, self.seed = loss, rate, steps, anneal, seed
+        self.loss_function, self.rate, self.steps, self.anneal, self.seed, self.resumed = loss, rate, steps, anneal, seed, resumed
         self.losses: list[Tensor] = []
+        self.risen = 0
+        if resumed is not None:
+            self.denoiser.load_state_dict(resumed.group("weights"))
+            self.average.load_state_dict(resumed.group("average"))
+            self.losses, self.risen = list(resumed.tensors["losses"]), resumed.numbers["risen"]
 
     def on_fit_start(self) -> None:
         """Seed the draws on the device that trains."""
         self.draws = torch.Generator(self.device).manual_seed(self.seed)
+        if self.resumed is not None:
+            self.draws.set_state(self.resumed.tensors["draws"])
+        self.losses = [loss.to(self.device) for loss in self.losses]
 
     def training_step(self, index: Tensor, step: int) -> Tensor:
         """The loss of a batch of indices (B,), shape ()."""
@@ -85,11 +117,25 @@ class Learner(pl.LightningModule):
             torch._foreach_lerp_(list(self.average.parameters()), list(self.denoiser.parameters()), weight)
 
     def configure_optimizers(self):
-        """Adam; the rate rises over WARMUP steps, and falls linearly to 0 if `anneal`."""
-        optimizer = torch.optim.Adam(self.denoiser.parameters(), lr=self.rate)
+        """Adam; the rate rises over WARMUP steps, from 0 again after a divergence, and falls linearly to 0 if `anneal`."""
+        self.optimizer = torch.optim.Adam(self.denoiser.parameters(), lr=self.rate)
+        slots = {} if self.resumed is None else self.resumed.group("slots")
+        for i, parameter in enumerate(self.denoiser.parameters()):
+            mine = {key.partition("/")[2]: value for key, value in slots.items() if key.startswith(f"{i}/")}
+            if mine:  # in the layout of the parameter, for the sake of the last bit
+                self.optimizer.state[parameter] = {k: torch.empty_like(parameter).copy_(v) if v.ndim else v for k, v in mine.items()}
+        first = len(self.losses)
         fall = lambda i: 1 - i / self.steps if self.anneal else 1.0
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / WARMUP) * fall(i))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        rise = lambda i: min(1.0, (i - self.risen + 1) / WARMUP)
+        schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda i: rise(first + i) * fall(first + i))
+        return {"optimizer": self.optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def state(self, of: str) -> State:
+        """All that the steps to come depend on."""
+        slots = {f"{i}/{name}": v for i, p in enumerate(self.denoiser.parameters()) for name, v in self.optimizer.state[p].items()}
+        tensors = grouped(weights=self.denoiser.state_dict(), average=self.average.state_dict(), slots=slots)
+        tensors |= {"losses": torch.stack(self.losses).cpu(), "draws": self.draws.get_state()}
+        return State(of, {"risen": self.risen, "rate": self.rate}, tensors)
 
 
 class HeldOut(pl.Callback):
@@ -98,6 +144,14 @@ class HeldOut(pl.Callback):
     def __init__(self, index: Tensor, every: int, patience: int, repeats: int = 4) -> None:
         self.index, self.every, self.patience, self.repeats = index, every, patience, repeats
         self.best, self.best_step, self.weights = float("inf"), 0, None
+
+    def remembered(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Numbers and tensors of its state."""
+        return {"best": self.best, "best_step": self.best_step}, grouped(best=self.weights or {})
+
+    def resume(self, state: State) -> None:
+        """Take up a state."""
+        self.best, self.best_step, self.weights = state.numbers["best"], state.numbers["best_step"], state.group("best") or None
 
     def on_train_batch_end(self, trainer, module: Learner, outputs, batch, batch_idx) -> None:
         """Check every `every` steps, with the same draws each time."""
@@ -126,6 +180,68 @@ class Reporter(pl.Callback):
             self.progress(len(module.losses), float(module.losses[-1]))
 
 
+class Diverged(Exception):
+    """The loss left its level; says how, and goes to the last good average."""
+
+
+class Watch(pl.Callback):
+    """Looks after a training: notices divergence, saves states, ends when asked to.
+
+    Attributes:
+        good: The average and the number of steps at the end of the last window that was not divergent.
+    """
+
+    def __init__(self, learner: Learner, held_out: HeldOut | None, path: Path | None, of: str, retreats: int, first: float | None) -> None:
+        self.held_out, self.path, self.of, self.retreats = held_out, path, of, retreats
+        self.first, self.level, self.clock = first, first, interrupt.Clock()
+        self.good = (len(learner.losses), copy.deepcopy(learner.average.state_dict()))
+
+    def on_train_start(self, trainer, module) -> None:
+        """Have the signals back, which Lightning takes."""
+        interrupt.listen()
+
+    def on_train_batch_start(self, trainer, module: Learner, batch, batch_idx) -> None:
+        """Between steps, when the average has been moved too: look at the losses of each window; save when it is time."""
+        done = len(module.losses)
+        if done and done % WINDOW == 0:
+            self.look(module)
+        if interrupt.asked() or (done % WINDOW == 0 and self.clock.due()):
+            self.save(module)
+        interrupt.check()
+
+    def look(self, module: Learner) -> None:
+        """Compare the last window with those before it.
+
+        Raises:
+            Diverged: if it is not finite, or far above them.
+        """
+        done = len(module.losses)
+        losses = torch.stack(module.losses[(done - 1) // WINDOW * WINDOW :])
+        mean = float(losses.mean())
+        if not math.isfinite(mean):
+            raise Diverged(f"the training loss became {float(losses[~losses.isfinite()][0])}")
+        if not all(bool(p.isfinite().all()) for p in module.average.parameters()):
+            raise Diverged("the weights stopped being finite")
+        if self.level is not None and self.first is not None and mean > self.first and mean - self.level > (FAR - 1) * abs(self.level):
+            raise Diverged(f"the training loss rose to {mean:.4g} from {self.level:.4g}")
+        self.first = mean if self.first is None else self.first
+        self.level = mean if self.level is None else 0.9 * self.level + 0.1 * mean
+        self.good = (done, copy.deepcopy(module.average.state_dict()))
+
+    def save(self, module: Learner) -> None:
+        """Write the state, if there is a file for it."""
+        if self.path is None:
+            return
+        state = module.state(self.of)
+        numbers, tensors = self.held_out.remembered() if self.held_out else ({}, {})
+        numbers |= {"level": self.level, "first": self.first, "retreats": self.retreats, "good": self.good[0]}
+        save_state(self.path, State(self.of, state.numbers | numbers, state.tensors | tensors | grouped(good=self.good[1])))
+
+    def resume(self, state: State) -> None:
+        """Take up a state."""
+        self.first, self.level, self.good = state.numbers["first"], state.numbers["level"], (state.numbers["good"], state.group("good"))
+
+
 def train(
     denoiser: nn.Module,
     loss: Loss,
@@ -137,6 +253,8 @@ def train(
     held_out: int = 0,
     device: str = "cpu",
     progress: Callable[[int, float], None] = lambda step, loss: None,
+    checkpoint: Path | None = None,
+    say: Callable[[str], None] = print,
 ) -> Trained:
     """Train a copy of a denoiser.
 
@@ -151,28 +269,62 @@ def train(
         held_out: Data set aside, the last ones; their loss ends the training and chooses its weights. 0 trains for all steps.
         device: "cpu" or "cuda".
         progress: Called with the step and its loss.
+        checkpoint: File for the state of this training, from which it goes on if it is there; None saves nothing.
+        say: Told in one line of each divergence.
 
     Returns:
         Trained; its denoiser is the moving average, on `device`, in eval mode.
 
     Raises:
-        FloatingPointError: if the loss stops being finite.
+        FitFailed: if the loss diverges once more after TRIES lower rates.
     """
-    index = torch.arange(count - held_out)
-    learner = Learner(copy.deepcopy(denoiser), loss, rate, steps, anneal=not held_out, seed=seed)
-    callbacks: list[pl.Callback] = [Reporter(progress)]
-    if held_out:
-        callbacks.append(HeldOut(torch.arange(count - held_out, count), every=100, patience=4))
-    loader = DataLoader(Indices(index, batch, torch.Generator().manual_seed(seed ^ 1)), batch_size=None)
-    _trainer(steps, device, callbacks).fit(learner, loader)
+    of = f"{count} {steps} {batch} {rate} {seed} {held_out}"
+    state = load_state(checkpoint, of)
+    while True:
+        learner = Learner(copy.deepcopy(denoiser), loss, state.numbers["rate"] if state else rate, steps, not held_out, seed, state)
+        end = HeldOut(torch.arange(count - held_out, count), every=100, patience=4) if held_out else None
+        watch = Watch(learner, end, checkpoint, of, state.numbers["retreats"] if state else 0, None)
+        for part in (watch, end) if state else ():
+            if part is not None:
+                part.resume(state)
+        try:
+            return _trained(learner, [*([end] if end else []), watch, Reporter(progress)], end, watch, count - held_out, batch, device)
+        except Diverged as error:
+            state = _retreated(learner, watch, error, of, say)
+
+
+def _trained(
+    learner: Learner, callbacks: list[pl.Callback], end: HeldOut | None, watch: Watch, count: int, batch: int, device: str
+) -> Trained:  # fmt: skip
+    """Run a training to its end."""
+    left = learner.steps - len(learner.losses)
+    if left and not (end and len(learner.losses) - end.best_step >= end.patience * end.every):
+        order = torch.Generator().manual_seed(learner.seed ^ 1)
+        loader = DataLoader(Indices(torch.arange(count), batch, order, len(learner.losses)), batch_size=None)
+        _trainer(left, device, callbacks).fit(learner, loader)
+        watch.look(learner)
+        watch.save(learner)
     losses = torch.stack(learner.losses)
-    if not bool(losses.isfinite().all()):
-        raise FloatingPointError(f"the training loss became {float(losses[~losses.isfinite()][0])} at rate {rate:g}; lower the rate")
-    if held_out and callbacks[1].weights is not None:
-        learner.average.load_state_dict(callbacks[1].weights)
+    if end and end.weights is not None:
+        learner.average.load_state_dict(end.weights)
     tail = float(losses[-max(1, len(losses) // 10) :].mean())
-    best = callbacks[1].best if held_out else None
-    return Trained(learner.average.to(device).eval().requires_grad_(False), len(losses), tail, best)
+    return Trained(learner.average.to(device).eval().requires_grad_(False), len(losses), tail, end.best if end else None, watch.retreats)
+
+
+def _retreated(learner: Learner, watch: Watch, error: Diverged, of: str, say: Callable[[str], None]) -> State:
+    """The state after a divergence: the last good average as weights, a lower rate, fresh moments and draws."""
+    step, average = watch.good
+    rate = learner.rate / RETREAT
+    if watch.retreats >= TRIES:
+        raise FitFailed(
+            f"{error} at step {len(learner.losses)}, rate {learner.rate:g}, and did so {TRIES} times before at higher rates; lower --train.rate"
+        )
+    say(f"note: {error} at step {len(learner.losses)}; back to the average of step {step}, rate {learner.rate:g} -> {rate:g}")
+    draws = torch.Generator(learner.draws.device).manual_seed(learner.seed + watch.retreats + 1).get_state()
+    tensors = grouped(weights=average, average=average, good=average) | (watch.held_out.remembered()[1] if watch.held_out else {})
+    tensors |= {"losses": torch.stack(learner.losses).cpu()[:step], "draws": draws}
+    numbers = {"risen": step, "rate": rate, "level": watch.level, "first": watch.first, "retreats": watch.retreats + 1, "good": step}
+    return State(of, numbers | (watch.held_out.remembered()[0] if watch.held_out else {}), tensors)
 
 
 def _trainer(steps: int, device: str, callbacks: list[pl.Callback]) -> pl.Trainer:

@@ -7,9 +7,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
-    {"errors", "streams", "settings", "meanings", "charts"},
+    {"errors", "interrupt", "streams", "settings", "meanings", "charts"},
     {"files", "measurement", "linalg"},
-    {"archive", "denoise", "langevin", "printing", "reading"},
+    {"archive", "denoise", "langevin", "printing", "reading", "checkpoint"},
     {"observations", "lock", "changes"},
     {"accumulate", "guidance", "gaussian"},
     {"nn", "mdae", "scale", "metrics", "calibration", "features", "verdict", "start", "training"},

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from emdiff.em import Draws, PairLoss, Walk
-from emdiff.errors import UsageError
+from emdiff.errors import FitFailed, UsageError
 from emdiff.fit import Plan, over_relaxes
 from emdiff.metrics import residual_chi2
 from emdiff.observations import Observations
@@ -54,7 +54,7 @@ def test_held_out_loss_ends_training_and_keeps_the_best_weights():
 
 
 def test_a_loss_that_is_not_finite_is_an_error():
-    with pytest.raises(FloatingPointError, match="rate"):
+    with pytest.raises(FitFailed, match="rate"):
         train(Line(), lambda net, i, g: net.a * float("nan"), 8, 5)
 
 
