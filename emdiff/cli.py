@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, auto_parser, get_loader, set_loader
 from yaml import YAMLError
 
 from emdiff.errors import FitFailed, UsageError
-from emdiff.interrupt import Stopped
+from emdiff.interrupt import Stopped, listening
 from emdiff.reading import check_configs, guarded
 from emdiff.settings import TrainSettings, WalkSettings
 from observers.recipes import Recipe, identity
@@ -99,12 +99,13 @@ def fit(
         train: The M-step.
     """
     config = _plain(locals())
-    from emdiff.commands import fit_command
+    with listening():
+        from emdiff.commands import fit_command
 
-    _at_least("--iters", iters, 1)
-    if fork is not None and out is None:
-        raise UsageError(f"--fork {fork}: say with --out which run to fork")
-    fit_command(config, _plain({name: parameter.default for name, parameter in signature(COMMANDS["fit"]).parameters.items()}), fork)
+        _at_least("--iters", iters, 1)
+        if fork is not None and out is None:
+            raise UsageError(f"--fork {fork}: say with --out which run to fork")
+        fit_command(config, _plain({name: parameter.default for name, parameter in signature(COMMANDS["fit"]).parameters.items()}), fork)
 
 
 def sample(

@@ -110,7 +110,9 @@ def fit_command(config: Config, defaults: Config, forked: str | None = None) -> 
         fork(out, Path(forked), resolved, path, (len(data), *data.shape), config, defaults)
         out, resolved = Path(forked), {**resolved, "out": forked}
     needed = 4 * (plan.iters + 3) * len(data) * math.prod(data.shape)
-    with Run(out, resolved, path, needed, config, defaults) as run, interrupt.listening(run.close):
+    with Run(out, resolved, path, needed, config, defaults) as run:
+        interrupt.at_the_end(run.close)
+        interrupt.check()
         print_plan(data, scale, plan, reasons, out, run.finished())
         tracker = Tracker(config["wandb"], out, resolved, warn=lambda line: print(f"note: {line}"))
         truth = read_truth(path)

@@ -49,13 +49,13 @@ def check() -> None:
 
 
 @contextmanager
-def listening(last: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Let signals ask instead of kill, in the main thread; `last` is called where the grace ends without an end."""
+def listening() -> Iterator[None]:
+    """Let signals ask instead of kill, in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    _last[:] = [last]
+    _last[:] = [lambda: None]
     listen()
     try:
         yield
@@ -71,6 +71,12 @@ def listen() -> None:
     if _last and threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             signal.signal(number, _handle)
+
+
+def at_the_end(last: Callable[[], None]) -> None:
+    """Call this where the grace is over before the work is; nothing outside `listening`."""
+    if _last:
+        _last.append(last)
 
 
 _last: list[Callable[[], None]] = []

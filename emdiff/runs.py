@@ -95,6 +95,8 @@ class Run:
                 if (self.round_path(self.finished()) / name).is_file():
                     check_sum(self.round_path(self.finished()) / name)
             self._write_table()
+        for k in range(self.finished()):
+            (self.round_path(k) / "chains.npy").unlink(missing_ok=True)
         for folder in [self.path, *self.path.glob("round_*"), self.path / "start", self.path / "figures"]:
             remove_leftovers(folder)
 

@@ -134,7 +134,8 @@ class Learner(pl.LightningModule):
         """All that the steps to come depend on."""
         slots = {f"{i}/{name}": v for i, p in enumerate(self.denoiser.parameters()) for name, v in self.optimizer.state[p].items()}
         tensors = grouped(weights=self.denoiser.state_dict(), average=self.average.state_dict(), slots=slots)
-        tensors |= {"losses": torch.stack(self.losses).cpu(), "draws": self.draws.get_state()}
+        losses = torch.stack(self.losses).cpu() if self.losses else torch.zeros(0)
+        tensors |= {"losses": losses, "draws": self.draws.get_state()}
         return State(of, {"risen": self.risen, "rate": self.rate}, tensors)
 
 
@@ -205,7 +206,7 @@ class Watch(pl.Callback):
         done = len(module.losses)
         if done and done % WINDOW == 0:
             self.look(module)
-        if interrupt.asked() or (done % WINDOW == 0 and self.clock.due()):
+        if interrupt.asked() or (done and done % WINDOW == 0 and self.clock.due()):
             self.save(module)
         interrupt.check()
 
