@@ -70,6 +70,7 @@ def fit(
     device: Device = "auto",
     wandb: Literal["auto", "online", "offline", "off"] = "auto",
     fork: Optional[str] = None,
+    keep: Optional[int] = None,
     walk: WalkSettings = WalkSettings(),
     train: TrainSettings = TrainSettings(),
 ) -> None:
@@ -95,6 +96,7 @@ def fit(
         device: cpu, cuda, or whichever is there.
         wandb: Weights & Biases: auto is online where you are logged in, else offline.
         fork: New run folder, to which the finished rounds of --out are copied; the fit goes on there under the settings of this command.
+        keep: Keep priors, samples and pictures of the last so many rounds only, and of the best; figures are kept of all. Unset: all rounds.
         walk: The E-step.
         train: The M-step.
     """
@@ -103,6 +105,7 @@ def fit(
         from emdiff.commands import fit_command
 
         _at_least("--iters", iters, 1)
+        _at_least("--keep", 1 if keep is None else keep, 1)
         if fork is not None and out is None:
             raise UsageError(f"--fork {fork}: say with --out which run to fork")
         fit_command(config, _plain({name: parameter.default for name, parameter in signature(COMMANDS["fit"]).parameters.items()}), fork)

@@ -39,10 +39,11 @@ class Console:
         run: The run folder.
         tracker: W&B.
         fixed: What stands above the samples in pictures: the truth, if known, and observations of the shape of x, (n, *S) each.
+        keep: Rounds whose priors, samples and pictures are kept; None for all.
     """
 
-    def __init__(self, run: Run, tracker: Tracker, fixed: dict[str, Tensor]) -> None:
-        self.run, self.tracker, self.fixed, self.bar = run, tracker, fixed, None
+    def __init__(self, run: Run, tracker: Tracker, fixed: dict[str, Tensor], keep: int | None = None) -> None:
+        self.run, self.tracker, self.fixed, self.keep, self.bar = run, tracker, fixed, keep, None
 
     def phase(self, name: str, total: int) -> Callable[..., None]:
         """A new bar; returns its update (done, loss)."""
@@ -73,6 +74,8 @@ class Console:
         history = [self.run.metrics(j) for j in range(k + 1)]
         save_progress(folder / "progress.png", history)
         self.tracker.log(metrics, {**pictures, "rows": rows})
+        if self.keep is not None:
+            self.run.prune(self.keep)
         write_report(self.run.path)
 
     def close(self) -> None:
@@ -117,7 +120,7 @@ def fit_command(config: Config, defaults: Config, forked: str | None = None) -> 
         tracker = Tracker(config["wandb"], out, resolved, warn=lambda line: print(f"note: {line}"))
         truth = read_truth(path)
         fixed = {} if truth is None else {"truth": truth[:12]}
-        console = Console(run, tracker, fixed | ({"observation": data.obs[:12]} if data.obs.shape[1:] == data.shape else {}))
+        console = Console(run, tracker, fixed | ({"observation": data.obs[:12]} if data.obs.shape[1:] == data.shape else {}), config["keep"])
         try:
             run_fit(data, scale, plan, run, console, (lambda x: truth_figures(x, truth)) if truth is not None else (lambda x: {}))
             if _stale(out / "report.html", run.round_path(run.finished()) / "metrics.json"):

@@ -49,9 +49,9 @@ def run_walk(run: Path, data: Observations, device: str) -> Walk:
     if not isinstance(stored, dict):
         raise UsageError(f"{file}: holds no settings of a walk; restore the file")
     guidance, _ = choose_guidance(data, "auto")
-    walk = {**stored, "guidance": guidance, "batch": 4096 if device == "cuda" else 500}
-    walk["pool"] = default_pool(data, guidance) if walk.get("pool") is None else walk["pool"]
-    walk["tau_first"] = walk.get("tau_first") or default_tau_first(guidance, walk["pool"])
+    walk = {**known, **stored, "guidance": guidance, "batch": 4096 if device == "cuda" else 500}
+    walk["pool"] = default_pool(data, guidance) if stored.get("pool") is None else stored["pool"]
+    walk["tau_first"] = stored.get("tau_first") or default_tau_first(guidance, walk["pool"])
     for name, value in walk.items():
         kind = type(known.get(name))
         if name not in known or not (isinstance(value, kind) or (kind is float and type(value) is int)) or (kind is int and not 0 <= value <= 10**7):

@@ -30,6 +30,7 @@ from emdiff.errors import UsageError
 from emdiff.files import remove_leftovers, sha256, write_array, write_json, write_text
 from emdiff.lock import Lock
 from emdiff.reading import number, read_json, read_text
+from emdiff.verdict import best_iteration
 
 SUMS = "sha256.txt"
 """SHA-256 of the files of a round, as `sha256sum --check` reads them."""
@@ -174,6 +175,15 @@ class Run:
         self._write_table()
         if k:
             (self.round_path(k - 1) / "chains.npy").unlink(missing_ok=True)
+
+    def prune(self, keep: int) -> None:
+        """Drop priors, samples and pictures of all rounds but the start, the last `keep`, and the best so far."""
+        last, best = self.finished(), best_iteration(self.history())
+        for k in range(1, last - keep + 1):
+            if k != best:
+                for path in [*self.round_path(k).glob("*"), *(self.path / "figures").glob(f"*_{k:03d}.png")]:
+                    if path.name != "metrics.json":
+                        path.unlink()
 
     def _write_table(self) -> None:
         """metrics.jsonl, made anew from the rounds: a process killed between the two files leaves no gap and no half line."""

@@ -287,6 +287,19 @@ def test_a_changed_version_is_refused_and_a_setting_an_old_run_lacks_is_its_defa
     assert "at numpy 1.0" in capsys.readouterr().out
 
 
+def test_what_is_kept_of_old_rounds_can_be_bounded(monkeypatch) -> None:
+    vectors()
+    main([*FIT, "--iters", "2", "--out", "run"])
+    main([*FIT, "--iters", "5", "--out", "run", "--keep", "2"])
+    best = json.loads(Path("run/best.json").read_text())["iter"] if Path("run/best.json").exists() else 0
+    held = {int(p.parent.name[-3:]) for p in Path("run").glob("round_*/prior.safetensors")}
+    assert {4, 5} <= held and len(held) <= 3 and best in {0, *held}
+    assert {int(p.parent.name[-3:]) for p in Path("run").glob("round_*/samples.npy")} == held
+    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 6 and len(list(Path("run").glob("round_*/metrics.json"))) == 5
+    main([*FIT, "--iters", "6", "--out", "run"])
+    assert latest_prior(Path("run")).parent.name == "round_006"
+
+
 def test_files_that_changed_are_named(capsys) -> None:
     vectors()
     main([*FIT, "--iters", "1", "--out", "run"])
