@@ -22,15 +22,19 @@ are derived in docs/method.md.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from emdiff.accumulate import accumulate, levels
+from emdiff.checkpoint import State, load_state, save_state
 from emdiff.denoise import Denoiser
 from emdiff.guidance import FusedPosterior, PosteriorDenoiser
+from emdiff.interrupt import Clock, asked, check
 from emdiff.langevin import STEPS
 from emdiff.mdae import MDAE
 from emdiff.observations import Observations
@@ -166,6 +170,51 @@ def escaped(x: Tensor, bound: float) -> Tensor:
     return ~((size <= bound) & size.isfinite())
 
 
+class Batches:
+    """The batches of an E-step that are done, saved now and then.
+
+    Args:
+        path: Where they are saved; None for nowhere.
+        of: Names the E-step: what another one left is not taken up.
+        generator: Set to where it was after the last saved batch.
+    """
+
+    def __init__(self, path: Path | None, of: str, generator: torch.Generator) -> None:
+        self.path, self.of, self.clock, self.cost = path, of, Clock(), 0.0
+        self.parts: list[Draws] = []
+        self.kept: list[Tensor] = []
+        self.restarted = 0
+        state = load_state(path, of)
+        if state is not None:
+            generator.set_state(state.tensors["generator"])
+            self.restarted, self.kept = state.numbers["restarted"], list(state.tensors["kept"].split(state.numbers["sizes"]))
+            y, x, sample = (state.tensors[name].split(state.numbers["sizes"]) for name in ("y", "x", "sample"))
+            means = zip(state.numbers["tau"], state.numbers["residual"], state.numbers["iterations"])
+            self.parts = [Draws(*a, tau, 0, None, r, n, s) for *a, s, (tau, r, n) in zip(y, x, sample, means)]
+
+    def count(self) -> int:
+        """Observations done."""
+        return sum(len(part.x) for part in self.parts)
+
+    def look_up(self, generator: torch.Generator, restarted: int) -> None:
+        """Between two batches: save if it is time, but spend no more than a tenth of the time on it; end if that was asked for."""
+        if self.parts and (asked() or self.clock.due(10 * self.cost)):
+            self.save(generator, restarted)
+        check()
+
+    def save(self, generator: torch.Generator, restarted: int) -> None:
+        """Write what is done."""
+        if self.path is None:
+            return
+        begun = time.monotonic()
+        numbers = {name: [getattr(part, name) for part in self.parts] for name in ("tau", "residual", "iterations")}
+        tensors = {name: torch.cat([getattr(part, name) for part in self.parts]).contiguous() for name in ("y", "x", "sample")}
+        tensors |= {"kept": torch.cat(self.kept), "generator": generator.get_state()}
+        sizes = [len(part.x) for part in self.parts]
+        save_state(self.path, State(self.of, numbers | {"sizes": sizes, "restarted": restarted}, {k: v.clone() for k, v in tensors.items()}))
+        self.cost = time.monotonic() - begun
+
+
 @torch.no_grad()
 def e_step(
     prior: Denoiser,
@@ -176,6 +225,7 @@ def e_step(
     bound: float = math.inf,
     progress: Progress = lambda done: None,
     tau_chains: float | None = None,
+    checkpoint: Path | None = None,
 ) -> Draws:
     """Sample x | obs for every observation.
 
@@ -189,14 +239,17 @@ def e_step(
         bound: Samples beyond it, or not finite, are walked again, at most RETRIES times; then the chain keeps its last sample.
         progress: Called with the number of observations done.
         tau_chains: Level of chains; walk.tau_last if None.
+        checkpoint: File for the batches done so far and the state of the generator, from which an E-step that was stopped goes on; None for none.
 
     Returns:
         Draws, on the CPU.
     """
     device, taus = generator.device, walk_levels(data, walk)
     tau_chains = walk.tau_last if tau_chains is None else tau_chains
-    parts, restarted, kept = [], 0, []
-    for i in range(0, len(data), walk.batch):
+    done = Batches(checkpoint, f"{generator.initial_seed()} {walk} {len(data)} {bound} {tau_chains}", generator)
+    parts, restarted, kept = done.parts, done.restarted, done.kept
+    for i in range(done.count(), len(data), walk.batch):
+        done.look_up(generator, restarted)
         batch = data.rows(slice(i, i + walk.batch)).to(device)
         before = None if chains is None else chains[i : i + walk.batch].to(device)
         draws = walk_batch(prior, batch, before, walk, taus, generator, tau_chains)
@@ -216,6 +269,7 @@ def e_step(
             y, x, sample = (torch.where(bad.reshape(-1, *[1] * (x.ndim - 1)), last, a) for a in (y, x, sample))
         parts.append(draws._replace(y=y.cpu(), x=x.cpu(), sample=sample.cpu()))
         progress(min(i + walk.batch, len(data)))
+    done.save(generator, restarted)
     mean = lambda name: sum(getattr(p, name) for p in parts) / len(parts)  # noqa: E731
     y, x, sample = (torch.cat([getattr(p, name) for p in parts]) for name in ("y", "x", "sample"))
     return Draws(y, x, parts[0].tau, restarted, torch.cat(kept), mean("residual"), mean("iterations"), None if walk.guidance == "fused" else sample)

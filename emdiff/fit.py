@@ -183,7 +183,8 @@ def em_round(k: int, data: Observations, scale: Scale, plan: Plan, run: Run, lis
         chains, bound = run.array(k - 1, "chains"), run.figure(0, "bound")
         if walk.pool:
             chains = restart(prior, data, chains, walk.pool, walk.tau_first, stream(plan.seed, "pool", k, device=plan.device))
-        draws = e_step(prior.denoiser, data, chains, walk, stream(plan.seed, "e-step", k, device=plan.device), bound, bar, plan.walk.tau_last)
+        draw = stream(plan.seed, "e-step", k, device=plan.device)
+        draws = e_step(prior.denoiser, data, chains, walk, draw, bound, bar, plan.walk.tau_last, run.checkpoint(k, "walk"))
         draws = over_relaxed(draws) if relax else draws
     eps = torch.randn(draws.y.shape, generator=stream(plan.seed, "chains", k))
     chains = draws.y + math.sqrt(max(plan.walk.tau_last**2 - draws.tau**2, 0.0)) * eps

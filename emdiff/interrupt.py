@@ -102,14 +102,14 @@ def _end(number: int) -> None:
 
 
 class Clock:
-    """Says when EVERY seconds have passed since it last said so."""
+    """Says when EVERY seconds, or more if asked to wait longer, have passed since it last said so."""
 
     def __init__(self) -> None:
         self.last = time.monotonic()
 
-    def due(self) -> bool:
+    def due(self, least: float = 0.0) -> bool:
         """Whether it is time."""
-        if time.monotonic() - self.last < EVERY:
+        if time.monotonic() - self.last < max(EVERY, least):
             return False
         self.last = time.monotonic()
         return True

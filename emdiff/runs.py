@@ -153,13 +153,13 @@ class Run:
         """The folder of round k, empty but for the states that an attempt before this one left."""
         self.round_path(k).mkdir(parents=True, exist_ok=True)
         for path in self.round_path(k).iterdir():
-            if path != self.checkpoint(k):
+            if path not in (self.checkpoint(k), self.checkpoint(k, "walk")):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         return self.round_path(k)
 
-    def checkpoint(self, k: int) -> Path:
-        """Where the training of round k keeps its state until the round is complete."""
-        return self.round_path(k) / "training.safetensors"
+    def checkpoint(self, k: int, name: str = "training") -> Path:
+        """Where the training of round k, or its walk, keeps its state until the round is complete."""
+        return self.round_path(k) / f"{name}.safetensors"
 
     def save_array(self, k: int, name: str, values: torch.Tensor) -> None:
         """Write an array of round k."""
@@ -168,7 +168,8 @@ class Run:
     def finish(self, k: int, metrics: dict[str, Any]) -> None:
         """Declare round k complete, and drop the chains of the round before it."""
         folder = self.round_path(k)
-        self.checkpoint(k).unlink(missing_ok=True)
+        for name in ("training", "walk"):
+            self.checkpoint(k, name).unlink(missing_ok=True)
         files = [p for p in sorted(folder.iterdir()) if p.suffix in (".npy", ".safetensors") and not p.name.startswith(".")]
         write_text(folder / SUMS, "".join(f"{sha256(p)}  {p.name}\n" for p in files))
         write_json(folder / "metrics.json", metrics)

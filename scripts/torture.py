@@ -125,7 +125,9 @@ def main() -> int:
                 args.iters += 1
                 subprocess.run(command(folder, "whole", args.images, args.iters), env=environment, check=True, capture_output=True)
         before, after = sums(folder / "whole"), sums(folder / "run")
-        leftovers = [str(p) for p in (folder / "run").rglob("*.tmp")] + [str(p) for p in (folder / "run").rglob("training.safetensors")]
+        leftovers = [str(p) for p in (folder / "run").rglob("*.tmp")] + [
+            str(p) for name in ("training", "walk") for p in (folder / "run").rglob(f"{name}.safetensors")
+        ]
     differing = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     print(
         f"deaths: {dict(deaths)}; {lives} lives, {args.iters} iterations; locks taken over: {taken_over}; slowest exit on a signal: {slowest:.1f} s"

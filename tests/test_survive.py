@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from exact import covariance, observer
 from test_cli import SMALL, folder_state, here, vectors  # noqa: F401
 from test_cli import refused as refused_alone
 from test_training import Line, slope_loss
@@ -26,9 +27,12 @@ from test_training import Line, slope_loss
 import emdiff.files
 from emdiff import interrupt
 from emdiff.cli import main
+from emdiff.denoise import GaussianDenoiser
+from emdiff.em import Walk, e_step
 from emdiff.errors import FitFailed, UsageError
 from emdiff.interrupt import Stopped
 from emdiff.lock import Lock, birth
+from emdiff.observations import Observations
 from emdiff.runs import latest_prior
 from emdiff.training import RETREAT, TRIES, WINDOW, train
 
@@ -134,6 +138,30 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch
 
 def stop() -> None:
     raise Stopped(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("observed", ["identity", "projection"])
+def test_a_stopped_e_step_goes_on_to_the_same_bits(observed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped before every batch but the first: persistent chains with a solver, and walks that start anew with chains that escape."""
+    made, prior = observer(observed, 50, (3,)), GaussianDenoiser.from_covariance(torch.zeros(3, dtype=torch.float64), covariance(3))
+    data = Observations(made.simulate(prior.sample(50, torch.Generator().manual_seed(1)), torch.Generator().manual_seed(2)), made)
+    walk = Walk("fused" if observed == "identity" else "cg", tau_first=2.0, levels=4, batch=9)
+    chains, bound = prior.sample(50, torch.Generator().manual_seed(3)), 1.5
+    run = lambda path: e_step(prior, data, chains, walk, torch.Generator().manual_seed(4), bound, checkpoint=path)  # noqa: E731
+    whole, path, lives = run(None), tmp_path / "walk.safetensors", 0
+    assert whole.restarted > 0 and bool(whole.kept.any())
+    while lives < 20:
+        lives, calls = lives + 1, iter(range(100))
+        with monkeypatch.context() as patch:
+            patch.setattr("emdiff.em.asked", lambda: True)
+            patch.setattr("emdiff.em.check", lambda calls=calls: next(calls) > 0 and stop())
+            try:
+                again = run(path)
+                break
+            except Stopped:
+                continue
+    assert lives == 6 and all(a == b if not isinstance(a, torch.Tensor) else torch.equal(a, b) for a, b in zip(again, whole))
+    assert all(torch.equal(a, b) for a, b in zip(run(path)[:2], whole[:2])), "a finished one is not walked again"
 
 
 def test_a_state_of_another_training_is_not_taken_up(tmp_path: Path) -> None:
