@@ -126,9 +126,14 @@ def words(values: Sequence[float]) -> list[str]:
 
 
 def padded(values: Sequence[float], share: float = 0.08) -> Pair:
-    """Ends of an axis that holds the values with some room; never of length 0."""
+    """Ends of an axis that holds the values with some room; values that no tick label tells apart are taken as equal.
+
+    >>> padded([1.0, 1.0 - 1e-12])
+    (0.899999999999, 1.1)
+    """
     low, high = min(values), max(values)
-    room = share * (high - low) or 0.1 * abs(high) or 1.0
+    apart = high - low > 1e-9 * max(abs(low), abs(high))
+    room = share * (high - low) if apart else 0.1 * abs(high) or 1.0
     return low - room, high + room
 
 
