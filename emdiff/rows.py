@@ -25,6 +25,9 @@ SMALL = 2**26
 ENTRIES = 2**22
 """Entries at once in passes over all rows."""
 
+BLOCK = 2**26
+"""Entries at once where more of them make fewer passes, or another random order."""
+
 
 class Rows:
     """N rows that are read when asked for.
@@ -70,19 +73,22 @@ def _bounded(index: Index, count: int) -> Index:
 
 Array = Tensor | Rows
 
+Store = Callable[[str, tuple[int, ...]], Any]
+"""From a name and a shape (N, ...) to an array whose rows are set by slices and read back: a tensor, or a file in the making (written)."""
+
 
 def small(size: int) -> bool:
     """Whether an array of so many bytes is held in memory."""
     return size <= SMALL
 
 
-def spans(count: int, entries: int, most: int = 1024) -> list[slice]:
-    """Slices that cover `count` rows of `entries` entries: at least two rows, at most `most`, and about ENTRIES entries each.
+def spans(count: int, entries: int, most: int = 1024, at_once: int = ENTRIES) -> list[slice]:
+    """Slices that cover `count` rows of `entries` entries: at least two rows, at most `most`, and about `at_once` entries each.
 
     >>> spans(2500, 28 * 28)
     [slice(0, 1024, None), slice(1024, 2048, None), slice(2048, 2500, None)]
     """
-    step = max(2, min(most, ENTRIES // max(1, entries)))
+    step = max(2, min(most, at_once // max(1, entries)))
     return [slice(i, min(i + step, count)) for i in range(0, count, step)]
 
 
@@ -91,6 +97,18 @@ def row_spans(array: Array, most: int = 1024) -> list[slice]:
     if not array.shape:
         return [slice(0, 1)]
     return spans(array.shape[0], math.prod(array.shape[1:]), most)
+
+
+def chosen_rows(array: Array, index: Tensor) -> Rows:
+    """The rows at indices (n,), int64, of an array, as an array."""
+    return Rows((len(index), *array.shape[1:]), lambda at: array[index[at]])
+
+
+def fill(target: Any, source: Array, change: Callable[[Tensor], Tensor]) -> Any:
+    """Set the rows of an array to those of another after a change, in parts and in order; returns it."""
+    for part in row_spans(source):
+        target[part] = change(source[part])
+    return target
 
 
 def evenly(count: int, most: int) -> Tensor:
