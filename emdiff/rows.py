@@ -82,13 +82,13 @@ def small(size: int) -> bool:
     return size <= SMALL
 
 
-def spans(count: int, entries: int, most: int = 1024, at_once: int = ENTRIES) -> list[slice]:
-    """Slices that cover `count` rows of `entries` entries: at least two rows, at most `most`, and about `at_once` entries each.
+def spans(count: int, entries: int, most: int = 1024, at_once: int | None = None) -> list[slice]:
+    """Slices that cover `count` rows of `entries` entries: at least two rows, at most `most`, and about `at_once` or ENTRIES entries.
 
     >>> spans(2500, 28 * 28)
     [slice(0, 1024, None), slice(1024, 2048, None), slice(2048, 2500, None)]
     """
-    step = max(2, min(most, at_once // max(1, entries)))
+    step = max(2, min(most, (at_once or ENTRIES) // max(1, entries)))
     return [slice(i, min(i + step, count)) for i in range(0, count, step)]
 
 
@@ -160,7 +160,7 @@ def of_npy(path: Path) -> Rows:
         OSError, ValueError: It cannot be read, or is shorter than it says; nothing is unpickled.
     """
     stored = np.load(path, mmap_mode="r", allow_pickle=False)
-    if small(stored.nbytes):
+    if not stored.ndim or small(stored.nbytes):
         return in_memory(stored)
     return mapped(path, stored.shape, stored.dtype, stored.offset, "C" if stored.flags.c_contiguous else "F")
 

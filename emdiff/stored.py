@@ -46,7 +46,7 @@ def open_rows(path: Path, file: Any, name: str) -> Rows:
         raise UsageError(f"{path}: {name} holds {dtype}, expected real numbers; store it as float32")
     if isinstance(file, Folder):
         return of_npy(file.paths[name])
-    if small(math.prod(shape) * dtype.itemsize):
+    if not shape or small(math.prod(shape) * dtype.itemsize):
         return in_memory(load_array(path, file, name))
     if isinstance(file, h5py.File):
         dataset = h5py.File(path, "r")[name]
