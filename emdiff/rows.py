@@ -2,12 +2,13 @@ r"""Arrays of N rows that may live in a file: rows are read when they are asked 
 
 `Rows` and torch tensors are used alike: both have a shape and a length, and are indexed by a slice or by indices (B,), int64, which gives a tensor
 (B, ...) with memory of its own. Stored float16, float64 and integers become float32 row by row; bytes stay bytes, so that a mask takes no more than
-on disk. A file is mapped anew for each read, so that what has been read does not stay in the process's memory.
+on disk.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -119,8 +120,9 @@ def evenly(count: int, most: int) -> Tensor:
 def own(array: np.ndarray) -> Tensor:
     """A tensor with memory of its own: bytes as they are, other numbers as float32."""
     kept = array.dtype in (np.uint8, np.bool_)
+    shared = None if array.flags.owndata and array.flags.writeable else True
     with np.errstate(over="ignore"):
-        return torch.from_numpy(np.array(array, array.dtype if kept else np.float32, order="C"))
+        return torch.from_numpy(np.array(array, array.dtype if kept else np.float32, order="C", copy=shared))
 
 
 def in_memory(array: np.ndarray) -> Rows:
@@ -129,16 +131,43 @@ def in_memory(array: np.ndarray) -> Rows:
     return Rows(array.shape, held.__getitem__ if held.ndim else lambda index: held, array.dtype)
 
 
-def mapped(path: Path, shape: tuple[int, ...], dtype: Any, offset: int = 0, order: Any = "C") -> Rows:
-    """Rows of an array that lies uncompressed in a file from byte `offset` on; the file stays open, so a new one of that name changes nothing."""
-    file = path.open("rb")
+def at_offset(path: Path, shape: tuple[int, ...], dtype: Any, offset: int = 0, order: Any = "C") -> Rows:
+    """Rows of an array that lies uncompressed in a file from byte `offset` on; the file stays open, so a new one of that name changes nothing.
+
+    Rows are read and not mapped: a map brings the pages around each row into the process, and kills it where the file was cut short meanwhile. Only
+    arrays in Fortran's order, whose rows are scattered, are mapped for the length of a read.
+    """
+    file, dtype = path.open("rb"), np.dtype(dtype)
+    size = math.prod(shape[1:]) * dtype.itemsize
 
     def read(index: Index) -> Tensor:
-        stored = np.memmap(file, dtype, "r", offset, shape, order)
-        return own(stored[index if isinstance(index, slice) else index.numpy()])
+        if order == "F":
+            return own(np.memmap(file, dtype, "r", offset, shape, order)[index if isinstance(index, slice) else index.numpy()])
+        if not isinstance(index, slice) and len(index) and not -shape[0] <= int(index.min()) <= int(index.max()) < shape[0]:
+            raise IndexError(f"rows {int(index.min())} to {int(index.max())} of {shape[0]}")
+        first, last, _ = index.indices(shape[0]) if isinstance(index, slice) else (0, len(index), 1)
+        found = np.empty((max(0, last - first), *shape[1:]), dtype)
+        runs = [(first, found)] if isinstance(index, slice) else zip((index % shape[0]).tolist(), found)
+        for start, part in runs:
+            read_at(file.fileno(), offset + start * size, part)
+        return own(found)
 
     weakref.finalize(read, file.close)
     return Rows(shape, read, dtype)
+
+
+def read_at(descriptor: int, offset: int, into: np.ndarray) -> None:
+    """Fill an array, contiguous in memory, with a file's bytes from an offset on.
+
+    Raises:
+        EOFError: The file ends before.
+    """
+    bytes_ = memoryview(into.reshape(-1).view(np.uint8))
+    while len(bytes_):
+        done = os.preadv(descriptor, [bytes_], offset)
+        if not done:
+            raise EOFError("the file ends before the last row")
+        offset, bytes_ = offset + done, bytes_[done:]
 
 
 def of_dataset(dataset: Any) -> Rows:
@@ -162,7 +191,7 @@ def of_npy(path: Path) -> Rows:
     stored = np.load(path, mmap_mode="r", allow_pickle=False)
     if not stored.ndim or small(stored.nbytes):
         return in_memory(stored)
-    return mapped(path, stored.shape, stored.dtype, stored.offset, "C" if stored.flags.c_contiguous else "F")
+    return at_offset(path, stored.shape, stored.dtype, stored.offset, "C" if stored.flags.c_contiguous else "F")
 
 
 class Tally:

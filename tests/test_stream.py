@@ -218,13 +218,13 @@ class Silent:
         assert pictures["samples"].shape[0] > 0
 
 
-def fitted(folder: Path, file: Path, data: Data, start: str, iters: int = 3) -> tuple[dict[str, Tensor], Tensor, list[dict[str, Any]]]:
+def fitted(folder: Path, file: Path, data: Data, start: str, iters: int = 2) -> tuple[dict[str, Tensor], Tensor, list[dict[str, Any]]]:
     """Weights, last samples and figures of a small fit."""
     scale = estimate_scale(data, stream(0, "scale"))
     fused = start == "self-supervised"
     walk = Walk("fused", levels=3, batch=16) if fused else Walk("cg", tau_first=0.3, levels=2, batch=16, pool=32)
     network = {"kind": "mlp", "width": 8, "blocks": 1}
-    plan = Plan(iters, Choice(start, ""), walk, network, start_steps=12, steps=12, batch=16, relax=2, prior_samples=20)
+    plan = Plan(iters, Choice(start, ""), walk, network, start_steps=12, steps=12, batch=16, relax=2 if fused else 0, prior_samples=20)
     run = Run(folder, {}, file)
     prior = run_fit(data, scale, plan, run, Silent(), lambda x: {"first": float(x[:1].sum())})
     figures = [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in run.history()]
@@ -241,18 +241,17 @@ def test_a_fit_from_any_file_is_the_fit_from_memory_bit_for_bit(tmp_path: Path, 
     weights, samples, figures = fitted(tmp_path / "memory", file, data, start)
     rows.SMALL = 0
     with np.load(file) as stored:
-        np.savez_compressed(tmp_path / "packed.npz", **stored)
         folder(tmp_path / "obs", **stored)
         with h5py.File(tmp_path / "obs.h5", "w") as h5file:
             for name in stored.files:
                 array = stored[name]
                 h5file.create_dataset(name, data=np.bytes_(str(array)) if name == "observer" else array, chunks=True if array.ndim > 1 else None)
-    for name in ("obs.npz", "packed.npz", "obs", "obs.h5"):
+    for name in ("obs.npz", "obs.h5"):
         again, same, told = fitted(tmp_path / f"run-{name}", file, open_observations(tmp_path / name), start)
         assert torch.equal(samples, same) and all(torch.equal(weights[key], again[key]) for key in weights), name
         assert told == figures, name
     half = tmp_path / "half"
-    fitted(half, file, open_observations(tmp_path / "obs"), start, iters=2)
+    fitted(half, file, open_observations(tmp_path / "obs"), start, iters=1)
     assert not list(half.glob("*/scratch")) and not list(half.glob("*/.*")), "nothing is left of what a round needed"
     again, same, _ = fitted(half, file, open_observations(tmp_path / "obs.h5"), start)
     assert torch.equal(samples, same) and all(torch.equal(weights[key], again[key]) for key in weights)
@@ -298,15 +297,16 @@ def test_reconstructions_in_parts_and_evaluation_of_a_random_subset(tmp_path: Pa
     write_observations("obs.npz", data, x)
     main(["fit", "--observations", "obs.npz", "--out", "run", "--iters", "1", "--train.steps", "20", "--train.start-steps", "20",
           "--walk.levels", "3", "--wandb", "off", "--device", "cpu"])  # fmt: skip
-    monkeypatch.setattr(commands, "BLOCK", 4 * 12 * 11)
+    monkeypatch.setattr(commands, "BLOCK", 12 * 11)
     main(["reconstruct", "--run", "run", "--observations", "obs.npz", "--out", "r/", "--device", "cpu"])
     samples, mean = np.load("r/samples.npy"), np.load("r/mean.npy")
     assert samples.shape == (60, 4, *S) and np.allclose(samples.mean(1), mean, atol=1e-6) and len(np.unique(samples[:, 0, 0, 0])) == 60
-    main(["evaluate", "--run", "run", "--observations", "obs.npz", "--prior-samples", "20", "--device", "cpu"])
+    main(["evaluate", "--run", "run", "--observations", "obs.npz", "--prior-samples", "20", "--samples", "4", "--wandb", "off",
+          "--device", "cpu"])  # fmt: skip
     about = json.loads(Path("run/evaluation/metrics.json").read_text())
     assert "evaluating a random 11 of 60 observations" in capsys.readouterr().out
     assert (about["observations_count"], about["observations_total"]) == (11, 60) and about["figures"]["error"] > 0
-    chosen = commands.evaluated_rows(data, None, 16, 0)
+    chosen = commands.evaluated_rows(data, None, 4, 0)
     arrays = np.load("run/evaluation/arrays.npz")
     assert len(chosen.unique()) == 11 and np.array_equal(arrays["obs"], data.obs[chosen]) and np.array_equal(arrays["truth"], x[chosen])
 
@@ -367,7 +367,7 @@ def fit(path, out):
 rows.SMALL, rows.ENTRIES = 2**16, 2**18
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 folder, found = Path(sys.argv[1]), {}
-for count in (1000, 12000):
+for count in (1000, 8000):
     size = write(folder / f"{count}", count)
     made = fit(folder / f"{count}", folder / f"run{count}")
     found[count] = {"mb": size / 2**20, "made_mb": made / 2**20, "peak_mb": peak()}
@@ -377,9 +377,10 @@ print(json.dumps(found))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
 def test_memory_does_not_grow_with_the_number_of_data(tmp_path: Path) -> None:
-    """Start, E-step, M-step and figures: twelve times the data, 50 MB more on disk and 140 MB more in the run folder, 12 MB of memory at most."""
-    done = subprocess.run([sys.executable, "-c", GROWTH, str(tmp_path)], capture_output=True, text=True, check=True)
+    """Start, E-step, M-step and figures of 7,000 images of 32 x 32 more: 34 MB more of observations and 109 MB of arrays in the run folder; in memory, any
+    one of these arrays would take 27 MB. The allocator is told to hand back what is freed, so that the peak tells what is held."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", GROWTH, str(tmp_path)], capture_output=True, text=True, check=True, env=environment)
     small, large = json.loads(done.stdout.splitlines()[-1]).values()
-    print(small, large)
-    assert large["mb"] - small["mb"] > 50 and large["made_mb"] - small["made_mb"] > 120
-    assert large["peak_mb"] - small["peak_mb"] < 12
+    assert large["mb"] - small["mb"] > 33 and large["made_mb"] - small["made_mb"] > 100
+    assert large["peak_mb"] - small["peak_mb"] < 16, f"{small} {large}"
