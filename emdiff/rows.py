@@ -147,7 +147,7 @@ def at_offset(path: Path, shape: tuple[int, ...], dtype: Any, offset: int = 0, o
             raise IndexError(f"rows {int(index.min())} to {int(index.max())} of {shape[0]}")
         first, last, _ = index.indices(shape[0]) if isinstance(index, slice) else (0, len(index), 1)
         found = np.empty((max(0, last - first), *shape[1:]), dtype)
-        runs = [(first, found)] if isinstance(index, slice) else zip((index % shape[0]).tolist(), found)
+        runs = [(first, found)] if isinstance(index, slice) else zip((index % shape[0]).tolist(), found.reshape(len(found), -1))
         for start, part in runs:
             read_at(file.fileno(), offset + start * size, part)
         return own(found)
