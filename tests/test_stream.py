@@ -177,6 +177,26 @@ def test_files_that_lie_are_refused_and_allocate_nothing(tmp_path: Path, case: s
     assert not list(tmp_path.glob("*.unpacked/*")), "no half-made cache is left"
 
 
+@pytest.mark.parametrize("name", ["a.npz", "a.h5"])
+def test_a_damaged_large_file_is_read_or_refused_but_never_crashes(tmp_path: Path, name: str) -> None:
+    path, draw = tmp_path / name, np.random.default_rng(0)
+    write_observations(path, masked(20)[0])
+    intact, refused = path.read_bytes(), 0
+    for _ in range(200):
+        content, start = bytearray(intact), draw.integers(len(intact))
+        content[start : start + 3] = draw.bytes(3)
+        other = tmp_path / f"other{path.suffix}"
+        other.unlink(missing_ok=True)
+        other.write_bytes(content[: draw.integers(len(content)) if draw.random() < 0.2 else None])
+        try:
+            data = open_observations(other)
+            assert len(data.rows(slice(0, 5))) == 5 and bool(data.rows(torch.tensor([len(data) - 1])).obs.isfinite().all())
+        except UsageError as error:
+            refused += 1
+            assert str(error).startswith(f"{other}: ") and "\n" not in str(error)
+    assert 40 < refused < 200
+
+
 def test_new_arrays_have_no_name_before_their_last_row(tmp_path: Path) -> None:
     path, values = tmp_path / "a.npy", normal(5, 2).float()
     new = NewArray(path, (5, 2))
@@ -395,3 +415,15 @@ def test_memory_does_not_grow_with_the_number_of_data(tmp_path: Path) -> None:
     small, large = json.loads(done.stdout.splitlines()[-1]).values()
     assert large["mb"] - small["mb"] > 33 and large["made_mb"] - small["made_mb"] > 100
     assert large["peak_mb"] - small["peak_mb"] < 16, f"{small} {large}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+def test_the_scaling_benchmark_tells_slopes_and_memory(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parent.parent / "scripts/bench_scaling.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script), "--quick", "--png", str(tmp_path / "a.png")], capture_output=True, text=True, check=True, env=environment
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert 0.5 < found["slope_n"] < 1.5 and 0.5 < found["slope_pixels"] < 1.5 and (tmp_path / "a.png").stat().st_size > 5000
+    assert abs(found["memory_mb"]["1000"] - found["memory_mb"]["250"]) < 30
