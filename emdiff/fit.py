@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from emdiff.data import Data, measured
+from emdiff.data import Data, held, measured
 from emdiff.em import Draws, PairLoss, Walk, drawn, e_step, over_relaxed
 from emdiff.gaussian import condition, fit_gaussian
 from emdiff.mdae import MDAE
@@ -107,7 +107,7 @@ def run_fit(
     Returns:
         The prior of the last round, or of the best where plan.stop.
     """
-    standard = scale.view(data)
+    standard = held(scale.view(data))
     for k in range(run.finished() + 1, plan.iters + 1):
         if plan.stop and k > 1 and should_stop(run.history()):
             break
