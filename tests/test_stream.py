@@ -203,6 +203,8 @@ def test_new_arrays_have_no_name_before_their_last_row(tmp_path: Path) -> None:
     new[1:3], new[torch.tensor([4, 0])] = values[1:3], values[[4, 0]]
     assert not path.exists() and torch.equal(new[slice(None)], torch.where(torch.tensor([True, True, True, False, True])[:, None], values, 0.0))
     new[3:4] = values[3:4]
+    with pytest.raises(ValueError, match="rows of shape"):
+        new[0:3] = values[:2]
     assert torch.equal(new.commit()[:], values) and os.listdir(tmp_path) == ["a.npy"] and np.array_equal(np.load(path), values)
 
 
