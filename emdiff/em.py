@@ -25,20 +25,21 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from emdiff.accumulate import accumulate, levels
 from emdiff.checkpoint import State, load_state, save_state
+from emdiff.data import Data, Observations, measured, observer_name
 from emdiff.denoise import Denoiser
 from emdiff.guidance import FusedPosterior, PosteriorDenoiser
 from emdiff.interrupt import Clock, asked, check
 from emdiff.langevin import STEPS
 from emdiff.mdae import MDAE
-from emdiff.observations import Observations
 from emdiff.prior import TAU_FIRST
+from emdiff.rows import Array, Store, chosen_rows
 
 Progress = Callable[[int], None]
 
@@ -92,30 +93,31 @@ class Draws(NamedTuple):
         sample: With a solver, a complete sample of x | y, obs (N, *S): the jump and its posterior deviation. None where the jump stands for it.
     """
 
-    y: Tensor
-    x: Tensor
+    y: Array
+    x: Array
     tau: float
     restarted: int = 0
     kept: Tensor | None = None
     residual: float = 0.0
     iterations: float = 0.0
-    sample: Tensor | None = None
+    sample: Array | None = None
 
 
-def choose_guidance(data: Observations, wanted: str = "auto") -> tuple[str, str]:
+def choose_guidance(data: Data, wanted: str = "auto") -> tuple[str, str]:
     """Guidance and the reason for it: fused where an observation is one more measurement, else CG.
 
     Raises:
         ValueError: if fused is wanted where it does not apply.
     """
-    fusable = data.rows(slice(0, 1)).observer.as_measurement(data.obs[:1]) is not None
+    one = data.rows(slice(0, 1))
+    fusable = one.observer.as_measurement(one.obs) is not None
     if wanted == "fused" and not fusable:
-        raise ValueError(f"--guidance fused needs At cov_obs^-1 A diagonal, and observer {data.observer.name} mixes entries; use cg")
+        raise ValueError(f"--guidance fused needs At cov_obs^-1 A diagonal, and observer {one.observer.name} mixes entries; use cg")
     if wanted != "auto":
         return wanted, "as asked"
     if fusable:
         return "fused", "each observation is one more measurement of x: exact, no Jacobians"
-    return "cg", f"observer {data.observer.name} mixes entries of x: moment matching"
+    return "cg", f"observer {one.observer.name} mixes entries of x: moment matching"
 
 
 def posterior(prior: Denoiser, data: Observations, walk: Walk) -> Denoiser:
@@ -125,7 +127,7 @@ def posterior(prior: Denoiser, data: Observations, walk: Walk) -> Denoiser:
     return PosteriorDenoiser(prior, data.observer, data.obs, walk.guidance, walk.iterations)
 
 
-def walk_levels(data: Observations, walk: Walk) -> list[float]:
+def walk_levels(data: Data, walk: Walk) -> list[float]:
     """The levels of a walk on these observations.
 
     From infinity, where all entries are observed, the fused levels fall geometrically from the observations' own noise; where some are
@@ -133,14 +135,13 @@ def walk_levels(data: Observations, walk: Walk) -> list[float]:
     """
     if math.isfinite(walk.tau_first):
         return levels(walk.tau_first, walk.tau_last, walk.levels)
-    direct = data.observer.as_measurement(data.obs)
-    if direct is None:
+    found = measured(data)
+    if found is None:
         raise ValueError(
-            f"a walk from infinity needs observations that are measurements of x; observer {data.observer.name} needs a finite tau_first"
+            f"a walk from infinity needs observations that are measurements of x; observer {observer_name(data)} needs a finite tau_first"
         )
-    sigma = direct[1]
-    if bool(sigma.isfinite().all()):
-        return levels(math.inf, walk.tau_last, walk.levels, float(sigma.median()))
+    if found.complete:
+        return levels(math.inf, walk.tau_last, walk.levels, found.median)
     return levels(TAU_FIRST, walk.tau_last, walk.levels)
 
 
@@ -171,60 +172,67 @@ def escaped(x: Tensor, bound: float) -> Tensor:
 
 
 class Batches:
-    """The batches of an E-step that are done, saved now and then.
+    """The batches of an E-step that are done: their figures, and now and then a state on disk; their arrays are where `e_step` puts them.
 
     Args:
-        path: Where they are saved; None for nowhere.
+        path: Where the state is saved; None for nowhere.
         of: Names the E-step: what another one left is not taken up.
         generator: Set to where it was after the last saved batch.
     """
 
     def __init__(self, path: Path | None, of: str, generator: torch.Generator) -> None:
         self.path, self.of, self.clock, self.cost = path, of, Clock(), 0.0
-        self.parts: list[Draws] = []
+        self.parts: list[tuple[float, int, float, float]] = []
         self.kept: list[Tensor] = []
-        self.restarted = 0
         state = load_state(path, of)
         if state is not None:
             generator.set_state(state.tensors["generator"])
-            self.restarted, self.kept = state.numbers["restarted"], list(state.tensors["kept"].split(state.numbers["sizes"]))
-            y, x, sample = (state.tensors[name].split(state.numbers["sizes"]) for name in ("y", "x", "sample"))
-            means = zip(state.numbers["tau"], state.numbers["residual"], state.numbers["iterations"])
-            self.parts = [Draws(*a, tau, 0, None, r, n, s) for *a, s, (tau, r, n) in zip(y, x, sample, means)]
+            self.parts = [(tau, restarted, residual, iterations) for tau, restarted, residual, iterations in state.numbers["parts"]]
+            self.kept = [state.tensors["kept"]]
+
+    def forget(self, generator: torch.Generator) -> None:
+        """Begin anew."""
+        self.parts, self.kept = [], []
+        generator.manual_seed(generator.initial_seed())
 
     def count(self) -> int:
         """Observations done."""
-        return sum(len(part.x) for part in self.parts)
+        return sum(map(len, self.kept))
 
-    def look_up(self, generator: torch.Generator, restarted: int) -> None:
-        """Between two batches: save if it is time, but spend no more than a tenth of the time on it; end if that was asked for."""
+    def add(self, draws: Draws) -> None:
+        """One more batch."""
+        self.kept.append(draws.kept.cpu())
+        self.parts.append((draws.tau, draws.restarted, draws.residual, draws.iterations))
+
+    def between(self, arrays: dict[str, Any], generator: torch.Generator) -> None:
+        """Before a batch: save if it is time, but spend no more than a tenth of the time on it; end if that was asked for."""
         if self.parts and (asked() or self.clock.due(10 * self.cost)):
-            self.save(generator, restarted)
+            self.save(arrays, generator)
         check()
 
-    def save(self, generator: torch.Generator, restarted: int) -> None:
-        """Write what is done."""
+    def save(self, arrays: dict[str, Any], generator: torch.Generator) -> None:
+        """Hand the arrays to the disk, then say how far they are filled."""
         if self.path is None:
             return
         begun = time.monotonic()
-        numbers = {name: [getattr(part, name) for part in self.parts] for name in ("tau", "residual", "iterations")}
-        tensors = {name: torch.cat([getattr(part, name) for part in self.parts]).contiguous() for name in ("y", "x", "sample")}
-        tensors |= {"kept": torch.cat(self.kept), "generator": generator.get_state()}
-        sizes = [len(part.x) for part in self.parts]
-        save_state(self.path, State(self.of, numbers | {"sizes": sizes, "restarted": restarted}, {k: v.clone() for k, v in tensors.items()}))
+        for array in arrays.values():
+            array.sync()
+        tensors = {"kept": torch.cat(self.kept), "generator": generator.get_state()}
+        save_state(self.path, State(self.of, {"parts": self.parts}, tensors))
         self.cost = time.monotonic() - begun
 
 
 @torch.no_grad()
 def e_step(
     prior: Denoiser,
-    data: Observations,
-    chains: Tensor | None,
+    data: Data,
+    chains: Array | None,
     walk: Walk,
     generator: torch.Generator,
     bound: float = math.inf,
     progress: Progress = lambda done: None,
     tau_chains: float | None = None,
+    store: Store | None = None,
     checkpoint: Path | None = None,
 ) -> Draws:
     """Sample x | obs for every observation.
@@ -239,47 +247,64 @@ def e_step(
         bound: Samples beyond it, or not finite, are walked again, at most RETRIES times; then the chain keeps its last sample.
         progress: Called with the number of observations done.
         tau_chains: Level of chains; walk.tau_last if None.
-        checkpoint: File for the batches done so far and the state of the generator, from which an E-step that was stopped goes on; None for none.
+        store: Makes the arrays "y", "x" and, with a solver, "sample", which are filled batch by batch; None takes tensors.
+        checkpoint: File for the number of batches done and the state of the generator, from which an E-step that was stopped goes on where the
+            arrays of `store` still hold what they held; None for none.
 
     Returns:
         Draws, on the CPU.
     """
     device, taus = generator.device, walk_levels(data, walk)
     tau_chains = walk.tau_last if tau_chains is None else tau_chains
-    done = Batches(checkpoint, f"{generator.initial_seed()} {walk} {len(data)} {bound} {tau_chains}", generator)
-    parts, restarted, kept = done.parts, done.restarted, done.kept
+    shape, names = (len(data), *data.shape), ("y", "x") if walk.guidance == "fused" else ("y", "x", "sample")
+    done = Batches(checkpoint if store else None, f"{generator.initial_seed()} {walk} {len(data)} {bound} {tau_chains}", generator)
+    arrays: dict[str, Any] = {name: store(name, shape) for name in names} if store else {}
+    if done.parts and not all(array.found for array in arrays.values()):
+        done.forget(generator)
     for i in range(done.count(), len(data), walk.batch):
-        done.look_up(generator, restarted)
-        batch = data.rows(slice(i, i + walk.batch)).to(device)
-        before = None if chains is None else chains[i : i + walk.batch].to(device)
-        draws = walk_batch(prior, batch, before, walk, taus, generator, tau_chains)
-        y, x, sample = draws.y, draws.x, draws.x if draws.sample is None else draws.sample
-        for _ in range(RETRIES):
-            bad = escaped(x, bound).nonzero()[:, 0]
-            if not len(bad):
-                break
-            restarted += len(bad)
-            again = walk_batch(prior, batch.rows(bad), None if before is None else before[bad], walk, taus, generator, tau_chains)
-            y, x = y.index_copy(0, bad, again.y), x.index_copy(0, bad, again.x)
-            sample = sample.index_copy(0, bad, again.x if again.sample is None else again.sample)
-        bad = escaped(x, bound)
-        kept.append(bad.cpu())
-        if bool(bad.any()):
-            last = torch.zeros_like(x) if before is None else before
-            y, x, sample = (torch.where(bad.reshape(-1, *[1] * (x.ndim - 1)), last, a) for a in (y, x, sample))
-        parts.append(draws._replace(y=y.cpu(), x=x.cpu(), sample=sample.cpu()))
-        progress(min(i + walk.batch, len(data)))
-    done.save(generator, restarted)
-    mean = lambda name: sum(getattr(p, name) for p in parts) / len(parts)  # noqa: E731
-    y, x, sample = (torch.cat([getattr(p, name) for p in parts]) for name in ("y", "x", "sample"))
-    return Draws(y, x, parts[0].tau, restarted, torch.cat(kept), mean("residual"), mean("iterations"), None if walk.guidance == "fused" else sample)
+        done.between(arrays, generator)
+        span = slice(i, min(i + walk.batch, len(data)))
+        before = None if chains is None else chains[span].to(device)
+        draws = _walk_within(bound, prior, data.rows(span).to(device), before, walk, taus, generator, tau_chains)
+        for name in names:
+            batch = getattr(draws, name)
+            if name not in arrays:
+                arrays[name] = torch.empty(shape, dtype=batch.dtype)
+            arrays[name][span] = batch.cpu()
+        done.add(draws)
+        progress(span.stop)
+    done.save(arrays, generator)
+    tau, restarted, residual, iterations = zip(*done.parts)
+    mean = lambda values: sum(values) / len(values)  # noqa: E731
+    return Draws(arrays["y"], arrays["x"], tau[0], sum(restarted), torch.cat(done.kept), mean(residual), mean(iterations), arrays.get("sample"))
+
+
+def _walk_within(bound: float, prior: Denoiser, batch: Observations, before: Tensor | None, walk: Walk, *how: Any) -> Draws:
+    """`walk_batch`, where samples beyond the bound are walked again: see `e_step`."""
+    draws = walk_batch(prior, batch, before, walk, *how)
+    y, x, sample = draws.y, draws.x, draws.x if draws.sample is None else draws.sample
+    restarted = 0
+    for _ in range(RETRIES):
+        bad = escaped(x, bound).nonzero()[:, 0]
+        if not len(bad):
+            break
+        restarted += len(bad)
+        again = walk_batch(prior, batch.rows(bad), None if before is None else before[bad], walk, *how)
+        y, x = y.index_copy(0, bad, again.y), x.index_copy(0, bad, again.x)
+        sample = sample.index_copy(0, bad, again.x if again.sample is None else again.sample)
+    bad = escaped(x, bound)
+    if bool(bad.any()):
+        last = torch.zeros_like(x) if before is None else before
+        y, x, sample = (torch.where(bad.reshape(-1, *[1] * (x.ndim - 1)), last, a) for a in (y, x, sample))
+    return draws._replace(y=y, x=x, sample=sample, restarted=restarted, kept=bad)
 
 
 def drawn(draws: Draws) -> Draws:
     """The draws without the data whose chains were kept."""
     if draws.kept is None or not bool(draws.kept.any()):
         return draws
-    return draws._replace(y=draws.y[~draws.kept], x=draws.x[~draws.kept], kept=None)
+    index = (~draws.kept).nonzero()[:, 0]
+    return draws._replace(y=chosen_rows(draws.y, index), x=chosen_rows(draws.x, index), kept=None)
 
 
 def over_relaxed(draws: Draws) -> Draws:
@@ -301,7 +326,7 @@ class PairLoss:
         centre: Mean of log tau.
     """
 
-    def __init__(self, draws: Draws, tau_last: float, sigma_z: Tensor | None = None, centre: float = -0.3) -> None:
+    def __init__(self, draws: Draws, tau_last: float, sigma_z: Array | None = None, centre: float = -0.3) -> None:
         self.draws, self.tau_last, self.sigma_z, self.centre = draws, tau_last, sigma_z, centre
 
     def __call__(self, denoiser: MDAE, index: Tensor, generator: torch.Generator) -> Tensor:

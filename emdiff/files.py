@@ -56,11 +56,14 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """SHA-256 of a file, in hex; of a folder, of its .npy files and their names."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for part in sorted(path.glob("*.npy")) if path.is_dir() else [path]:
+        if part != path:
+            digest.update(f"{part.name} {part.stat().st_size} ".encode())
+        with part.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 

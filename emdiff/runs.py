@@ -9,7 +9,8 @@ r"""The run folder is the state of a fit: running the same command again continu
     best.json             the iteration whose prior later commands take, where it is not the last
     lock                  whose run this is, while a fit works on it (lock)
 
-metrics.json is written last: a round that has none did not finish and is done again.
+Arrays are written and read by rows (rows). While a round is made, its folder also holds scratch/: what the E-step ends with, in
+standardised units. metrics.json is written last: a round that has none did not finish and is done again.
 """
 
 from __future__ import annotations
@@ -20,20 +21,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 
-from emdiff.archive import load_array, open_archive
+from emdiff.archive import open_archive
 from emdiff.changes import Config, differences, refuse, versions
 from emdiff.errors import UsageError
-from emdiff.files import remove_leftovers, sha256, write_array, write_json, write_text
+from emdiff.files import remove_leftovers, sha256, write_json, write_text
 from emdiff.lock import Lock
 from emdiff.reading import number, read_json, read_text
+from emdiff.rows import Rows
+from emdiff.stored import open_rows
 from emdiff.verdict import best_iteration
+from emdiff.written import NewArray
 
 SUMS = "sha256.txt"
 """SHA-256 of the files of a round, as `sha256sum --check` reads them."""
+
+STATES = ("walk", "training")
+"""States within a round, from which it goes on."""
 
 
 class Run:
@@ -96,8 +102,8 @@ class Run:
                 if (self.round_path(self.finished()) / name).is_file():
                     check_sum(self.round_path(self.finished()) / name)
             self._write_table()
-        for k in range(self.finished()):
-            (self.round_path(k) / "chains.npy").unlink(missing_ok=True)
+        for k in range(self.finished() + 1):
+            self._drop(k)
         for folder in [self.path, *self.path.glob("round_*"), self.path / "start", self.path / "figures"]:
             remove_leftovers(folder)
 
@@ -122,13 +128,13 @@ class Run:
             k += 1
         return k
 
-    def array(self, k: int, name: str) -> torch.Tensor | None:
+    def array(self, k: int, name: str) -> Rows | None:
         """An array of round k, or None where it has none."""
         file = self.round_path(k) / f"{name}.npy"
         if not file.is_file():
             return None
         with open_archive(file, (".npy",)) as stored:
-            return torch.from_numpy(np.array(load_array(file, stored, "arr_0")))
+            return open_rows(file, stored, "arr_0")
 
     def metrics(self, k: int) -> dict[str, Any]:
         """The figures of round k."""
@@ -153,7 +159,7 @@ class Run:
         """The folder of round k, empty but for the states that an attempt before this one left."""
         self.round_path(k).mkdir(parents=True, exist_ok=True)
         for path in self.round_path(k).iterdir():
-            if path not in (self.checkpoint(k), self.checkpoint(k, "walk")):
+            if path not in [self.round_path(k) / "scratch", *(self.checkpoint(k, name) for name in STATES)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         return self.round_path(k)
 
@@ -161,19 +167,29 @@ class Run:
         """Where the training of round k, or its walk, keeps its state until the round is complete."""
         return self.round_path(k) / f"{name}.safetensors"
 
-    def save_array(self, k: int, name: str, values: torch.Tensor) -> None:
-        """Write an array of round k."""
-        write_array(self.round_path(k) / f"{name}.npy", values.numpy())
+    def new_array(self, k: int, name: str, shape: tuple[int, ...]) -> NewArray:
+        """An array (N, ...) of round k, to be filled; `commit` gives it its name."""
+        return NewArray(self.round_path(k) / f"{name}.npy", shape)
+
+    def scratch(self, k: int, name: str, shape: tuple[int, ...]) -> NewArray:
+        """An array (N, ...) that is needed until round k is complete, with what an attempt before this one wrote to it."""
+        return NewArray(self.round_path(k) / "scratch" / f"{name}.npy", shape, lasting=True)
 
     def finish(self, k: int, metrics: dict[str, Any]) -> None:
-        """Declare round k complete, and drop the chains of the round before it."""
+        """Declare round k complete, and drop its scratch, its states and the chains of the round before it."""
         folder = self.round_path(k)
-        for name in ("training", "walk"):
-            self.checkpoint(k, name).unlink(missing_ok=True)
-        files = [p for p in sorted(folder.iterdir()) if p.suffix in (".npy", ".safetensors") and not p.name.startswith(".")]
+        states = [self.checkpoint(k, name) for name in STATES]
+        files = [p for p in sorted(folder.glob("[a-z]*")) if p.suffix in (".npy", ".safetensors") and p not in states]
         write_text(folder / SUMS, "".join(f"{sha256(p)}  {p.name}\n" for p in files))
         write_json(folder / "metrics.json", metrics)
         self._write_table()
+        self._drop(k)
+
+    def _drop(self, k: int) -> None:
+        """Remove what a complete round k needs no more: states before the arrays that they speak of."""
+        for name in STATES:
+            self.checkpoint(k, name).unlink(missing_ok=True)
+        shutil.rmtree(self.round_path(k) / "scratch", ignore_errors=True)
         if k:
             (self.round_path(k - 1) / "chains.npy").unlink(missing_ok=True)
 

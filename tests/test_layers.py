@@ -8,9 +8,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors", "interrupt", "streams", "settings", "meanings", "charts"},
-    {"files", "measurement", "linalg"},
-    {"archive", "denoise", "langevin", "printing", "reading", "checkpoint"},
-    {"observations", "lock", "changes"},
+    {"files", "measurement", "linalg", "reading"},
+    {"rows", "checkpoint"},
+    {"archive", "written", "data", "denoise", "langevin", "printing", "lock"},
+    {"stored", "changes"},
+    {"observations"},
     {"accumulate", "guidance", "gaussian"},
     {"nn", "mdae", "scale", "metrics", "calibration", "features", "verdict", "start", "training"},
     {"prior", "runs"},

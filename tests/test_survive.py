@@ -35,6 +35,7 @@ from emdiff.lock import Lock, birth
 from emdiff.observations import Observations
 from emdiff.runs import latest_prior
 from emdiff.training import RETREAT, TRIES, WINDOW, train
+from emdiff.written import NewArray
 
 FIT = ["fit", "--observations", "obs.npz", *SMALL]
 
@@ -49,7 +50,7 @@ class Killed(BaseException):
     """Stands for kill -9: nothing but what is on disk remains."""
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """States are saved whenever they can be."""
     monkeypatch.setattr(interrupt, "EVERY", 0.0)
@@ -60,7 +61,7 @@ def results(run: str) -> dict[str, bytes]:
     return {name: content for name, content in folder_state(run).items() if name.endswith((".safetensors", ".npy"))}
 
 
-def test_a_run_that_dies_at_random_writes_ends_as_an_undisturbed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_dies_at_random_writes_ends_as_an_undisturbed_one(often, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each life ends just before or just after some rename, with the temporary file left behind as a real death leaves it."""
     vectors()
     main([*FIT, "--iters", "2", "--out", "whole"])
@@ -118,7 +119,7 @@ def test_real_signals_in_the_middle_of_a_training(capsys) -> None:
     assert results("run") == results("whole")
 
 
-def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_training_goes_on_to_the_same_bits(often, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With and without held-out data, stopped at every few steps."""
     for held_out in (0, 16):
         how = {"count": 80, "steps": 230, "batch": 16, "rate": 0.05, "seed": 3, "held_out": held_out}
@@ -141,15 +142,20 @@ def stop() -> None:
 
 
 @pytest.mark.parametrize("observed", ["identity", "projection"])
-def test_a_stopped_e_step_goes_on_to_the_same_bits(observed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_e_step_goes_on_to_the_same_bits(often, observed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped before every batch but the first: persistent chains with a solver, and walks that start anew with chains that escape."""
     made, prior = observer(observed, 50, (3,)), GaussianDenoiser.from_covariance(torch.zeros(3, dtype=torch.float64), covariance(3))
     data = Observations(made.simulate(prior.sample(50, torch.Generator().manual_seed(1)), torch.Generator().manual_seed(2)), made)
     walk = Walk("fused" if observed == "identity" else "cg", tau_first=2.0, levels=4, batch=9)
     chains, bound = prior.sample(50, torch.Generator().manual_seed(3)), 1.5
-    run = lambda path: e_step(prior, data, chains, walk, torch.Generator().manual_seed(4), bound, checkpoint=path)  # noqa: E731
+    store = lambda name, shape: NewArray(tmp_path / f"{name}.npy", shape, lasting=True)  # noqa: E731
+
+    def run(path: Path | None) -> list:
+        draws = e_step(prior, data, chains, walk, torch.Generator().manual_seed(4), bound, store=store, checkpoint=path)
+        return [a.commit()[:] if isinstance(a, NewArray) else a for a in draws]
+
     whole, path, lives = run(None), tmp_path / "walk.safetensors", 0
-    assert whole.restarted > 0 and bool(whole.kept.any())
+    assert whole[3] > 0 and bool(whole[4].any())
     while lives < 20:
         lives, calls = lives + 1, iter(range(100))
         with monkeypatch.context() as patch:
@@ -347,7 +353,7 @@ def test_files_that_changed_are_named(capsys) -> None:
     assert "samples.npy: is a symbolic link" in refused(capsys, *FIT, "--iters", "2", "--out", "run")
 
 
-def test_a_full_disk_in_any_write_is_said_and_survived(capsys, monkeypatch) -> None:
+def test_a_full_disk_in_any_write_is_said_and_survived(often, capsys, monkeypatch) -> None:
     vectors()
     main([*FIT, "--iters", "1", "--out", "whole"])
     real, allowed = emdiff.files.to_disk, [0]
