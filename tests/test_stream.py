@@ -25,10 +25,11 @@ from emdiff.cli import main
 from emdiff.data import Data, Observations
 from emdiff.em import Walk
 from emdiff.errors import UsageError
+from emdiff.files import sha256
 from emdiff.fit import Plan, run_fit
 from emdiff.observations import open_data, open_observations, open_truth, read_observations, write_observations
 from emdiff.rows import Rows, in_memory, spans
-from emdiff.runs import Run, fingerprint
+from emdiff.runs import Run
 from emdiff.scale import estimate_scale
 from emdiff.start import Choice
 from emdiff.stored import open_rows
@@ -159,7 +160,7 @@ def lying_deflate(path: Path) -> None:
 
 HOSTILE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a byte changed": ("a.npz", damaged_zip, "cannot be read"),
-    "shape beyond the file": ("a", lying_folder, "cannot be read"),
+    "shape beyond the file": ("a", lying_folder, "more than the file can hold"),
     "shape beyond what is packed": ("a.npz", lying_deflate, "declares shape"),
     "pickled in a folder": ("a", lambda path: folder(path, obs=np.array([{}], object)), "pickled"),
     "words in a folder": ("a", lambda path: folder(path, obs=np.array(["a"])), "real numbers"),
@@ -258,8 +259,8 @@ def fitted(folder: Path, file: Path, data: Data, start: str, iters: int = 2) -> 
     walk = Walk("fused", levels=3, batch=16) if fused else Walk("cg", tau_first=0.3, levels=2, batch=16, pool=32)
     network = {"kind": "mlp", "width": 8, "blocks": 1}
     plan = Plan(iters, Choice(start, ""), walk, network, start_steps=12, steps=12, batch=16, relax=2 if fused else 0, prior_samples=20)
-    run = Run(folder, {}, file)
-    prior = run_fit(data, scale, plan, run, Silent(), lambda x: {"first": float(x[:1].sum())})
+    with Run(folder, {}, file) as run:
+        prior = run_fit(data, scale, plan, run, Silent(), lambda x: {"first": float(x[:1].sum())})
     figures = [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in run.history()]
     return prior.denoiser.state_dict(), run.array(iters, "samples").all(), figures
 
@@ -346,7 +347,7 @@ def test_reconstructions_in_parts_and_evaluation_of_a_random_subset(tmp_path: Pa
 
 def test_the_fingerprint_of_a_folder_tells_its_arrays_apart(tmp_path: Path) -> None:
     a, b = np.zeros(3), np.ones(3)
-    prints = [fingerprint(folder(tmp_path / str(i), **arrays)) for i, arrays in enumerate([{"a": a, "b": b}, {"a": b, "b": a}, {"a": a, "b": b}])]
+    prints = [sha256(folder(tmp_path / str(i), **arrays)) for i, arrays in enumerate([{"a": a, "b": b}, {"a": b, "b": a}, {"a": a, "b": b}])]
     assert prints[0] == prints[2] != prints[1]
 
 
