@@ -66,12 +66,12 @@ def read_evaluation(run: Path) -> Evaluation | None:
     try:
         metrics = read_json(folder / "metrics.json")
     except UsageError as error:
-        notes.append(f"{error}: run `emdiff evaluate` again")
+        notes.append(f"{folder / 'metrics.json'} cannot be read ({error}); run `emdiff evaluate` again")
     try:
         with open_archive(folder / "arrays.npz", (".npz",)) as file:
             arrays = {name: load_array(folder / "arrays.npz", file, name) for name in array_names(file)}
     except UsageError as error:
-        notes.append(f"{error}: run `emdiff evaluate` again")
+        notes.append(f"{folder / 'arrays.npz'} cannot be read ({error}); run `emdiff evaluate` again")
     return Evaluation(metrics, arrays, notes)
 
 

@@ -65,7 +65,7 @@ def _mapping(path: Path, parse: Callable[[str], Any], most: int) -> dict[str, An
     try:
         value = parse(text)
     except (ValueError, RecursionError, OverflowError, MemoryError) as error:
-        raise UsageError(f"{path}: cannot be read ({one_line(error)}); restore the file") from error
+        raise UsageError(f"{path}: cannot be read ({one_line(error)}); restore or remove the file") from error
     if not isinstance(value, dict):
         raise UsageError(f"{path}: holds a {type(value).__name__}, expected names with values; restore the file")
     return value

@@ -292,7 +292,7 @@ def test_a_page_is_quick_and_small(tmp_path):
     galleries, thinned = gallery_frames(tmp_path, round_metrics(tmp_path))
     assert not thinned and [len(gallery.frames) for gallery in galleries] == [11, 11, 11]
     for path in (tmp_path / "figures").glob("*.png"):
-        path.write_bytes(bytes(1_000_000))
+        path.write_bytes(b"\x89PNG" + bytes(1_000_000))
     assert write_report(tmp_path).stat().st_size < 15e6
     kept = [frame.k for frame in gallery_frames(tmp_path, round_metrics(tmp_path))[0][0].frames]
     assert kept[0] == 0 and kept[-1] == 10 and len(kept) < 11
@@ -318,7 +318,7 @@ def test_a_broken_evaluation_is_named_and_does_not_stop_the_page(content, vector
     (run / "evaluation/arrays.npz").write_bytes(content)
     (run / "evaluation/metrics.json").write_text('{"figures": {"chi2"')
     text = write_report(run).read_text()
-    assert text.count("cannot be read") == 2 and "arrays.npz" in text and "run `emdiff evaluate` again" in text
+    assert text.count("cannot be read (") >= 2 and "arrays.npz" in text and "run `emdiff evaluate` again" in text
 
 
 @pytest.mark.parametrize("metrics", [{}, [], {"figures": [1], "verdict": "good", "floors": None}, {"verdict": {"reasons": "one"}, "iter": "x"}])
