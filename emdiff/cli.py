@@ -1,4 +1,4 @@
-"""The command line: `emdiff observe | fit | sample | reconstruct | evaluate | report`. Torch is imported when a command runs: --help is quick."""
+"""The command line: `emdiff observe | fit | sample | reconstruct | evaluate | report | check-observer`. Torch is imported when a command runs: --help is quick."""
 
 import re
 import sys
@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser, auto_parser
 
 from emdiff.errors import UsageError
 from emdiff.settings import TrainSettings, WalkSettings
-from observers.recipes import Recipe, identity
+from observers.instruments import Recipe, identity  # every recipe is a choice of --observer
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -30,7 +30,8 @@ def observe(
         data: Clean data, .npz, .npy or .h5; uint8 images become [0, 1].
         noise_std: Standard deviation of n, in the units of the data.
         out: File to write, .npz or .h5.
-        observer: How A is drawn: identity, mask (keep), projection (rows); --observer.help mask tells more.
+        observer: How A is drawn: identity, mask, projection, blur, downsample, fourier, multicoil, radon, compressed, compose, stack;
+            --observer.help mask tells what can be set.
         count: Take the first so many data; all by default.
         seed: Seed of masks and noise.
         device: Accepted for uniformity; observing runs on the CPU.
@@ -233,6 +234,32 @@ def report(run: str, out: Optional[str] = None, pdf: Optional[str] = None) -> No
         print(f"printed: {write_pdf(page, Path(pdf), browser)}")
 
 
+def check_observer(
+    name: str,
+    observations: Optional[str] = None,
+    shape: Optional[list[int]] = None,
+    count: int = 8,
+    seed: int = 0,
+    device: Device = "auto",
+) -> None:
+    """Check that an observer keeps its contract: exact adjoint, linear, each datum alone. The last line is one JSON object.
+
+    Exit status 0: it does; 1: it does not; 2: it cannot be checked.
+
+    Args:
+        name: A built-in name, module:Class, or path/file.py:Class; may stand without --name.
+        observations: A file that holds the observer's arrays. Unset: random ones, by the recipe of a built-in observer or the class method `example`.
+        shape: Shape of x; 16 16 by default.
+        count: Size of the batch, at least 2.
+        seed: Seed of everything random.
+        device: Where to compute.
+    """
+    from emdiff.check import check_command
+
+    _at_least("--count", count, 2)
+    sys.exit(check_command(name, observations, tuple(shape) if shape else None, count, seed, device))
+
+
 def _positive(name: str, value: float) -> None:
     if not 0 < value < float("inf"):
         raise UsageError(f"{name} is {value:g}; it has to be a positive, finite number in the units of the data")
@@ -258,7 +285,15 @@ class Parser(ArgumentParser):
         sys.exit(2)
 
 
-COMMANDS = {"observe": observe, "fit": fit, "sample": sample, "reconstruct": reconstruct, "evaluate": evaluate, "report": report}
+COMMANDS = {
+    "observe": observe,
+    "fit": fit,
+    "sample": sample,
+    "reconstruct": reconstruct,
+    "evaluate": evaluate,
+    "report": report,
+    "check-observer": check_observer,
+}
 
 
 def dashes(argument: str) -> str:
@@ -270,6 +305,8 @@ def dashes(argument: str) -> str:
 def main(arguments: Optional[list[str]] = None) -> None:
     """Run a command; bad input ends with status 2 and one message."""
     arguments = [dashes(a) for a in (sys.argv[1:] if arguments is None else arguments)]
+    if arguments[:1] == ["check-observer"] and len(arguments) > 1 and not arguments[1].startswith("-"):
+        arguments.insert(1, "--name")
     parser = auto_parser(COMMANDS, as_positional=False, parser_class=Parser, prog="emdiff", allow_abbrev=False)
     chosen = parser.parse_args(arguments)
     try:

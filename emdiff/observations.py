@@ -6,8 +6,10 @@ A file (.npz, or .h5 with the same keys) holds
 |---|---|---|
 | `obs` | observations, float; NaN where nothing was observed | (N, *O) |
 | `observer` | name of the observer | a string |
-| `mask`, `matrix`, ... | the arrays of that observer | (N or 1, ...) |
+| `mask`, `matrix`, ... | the arrays of that observer, `0.mask` those of its first part | (N or 1, ...) |
+| `boundary`, `factor`, ... | its options | strings and numbers |
 | `noise_std` | standard deviation of the noise, in units of obs | (), (N,) or (N or 1, *O) |
+| `noise_cov`, `noise_factor`, `noise_spectrum`, `noise_gain` | other noise (observers.noise) | (N or 1, ...) |
 | `shape` | shape S of x | a few integers |
 | `x` | the truth, if known; only `read_truth` opens it | (N, *S) |
 
@@ -27,7 +29,10 @@ from torch import Tensor
 from emdiff.archive import ARCHIVES, SIGNATURES, array_names, check_suffix, load_array, open_archive, save_archive
 from emdiff.errors import UsageError
 from emdiff.files import write_atomically
-from observers import REGISTRY, Observer, build
+from emdiff.parameters import is_parameter, parameter, real_pairs
+from observers import REGISTRY, Observer
+from observers.find import find, find_installed
+from observers.noises import NOISE_KEYS, Noise, noise_of
 
 OBS = ("obs", "y", "observations", "arr_0")
 DATA = ("train_images", "x", "images", "data", "arr_0")
@@ -77,7 +82,7 @@ def read_observations(
 
     Args:
         path: .npz, .h5 or .hdf5. The observations may also be called `y`, `observations` or `arr_0`, or be the only array.
-        observer: Name of the observer.
+        observer: Name of the observer, or module:Class, or path/file.py:Class.
         noise_std: Standard deviation of the noise, in units of obs (after division by 255, if there is one).
         shape: S, the shape of x; where neither says it, the observer infers it.
         uint8_range: Accept uint8 observations and divide them by 255.
@@ -89,14 +94,15 @@ def read_observations(
         UsageError: The file cannot be read, contradicts itself, or lacks what no argument supplies.
     """
     path = Path(path)
-    fields = _load(path)
-    obs = _float(path, "obs", fields["obs"], uint8_range)
-    _check_size(path, obs)
-    name = observer if observer is not None else _observer_name(path, fields)
-    arrays = {key: _operator_array(path, key, fields[key]) for key in fields if key in _array_names()}
+    kind, fields = _load(path, observer)
     try:
-        known = REGISTRY[name].infer_shape(tuple(obs.shape[1:]), arrays) if name in REGISTRY else ()
-        built = build(name, shape or _shape(path, fields) or known, arrays, _noise(path, fields, noise_std))
+        obs = _float(path, "obs", real_pairs(fields["obs"]) if kind.complex_obs else fields["obs"], uint8_range)
+        _check_size(path, obs)
+        parameters = {key: parameter(path, key, value) for key, value in fields.items() if is_parameter(key, kind)}
+        S = shape or _shape(path, fields) or kind.infer_shape(tuple(obs.shape[1:]), parameters)
+        if not S:
+            raise ValueError(f"does not say the shape of x, and observer '{kind.name}' cannot infer it; pass --shape")
+        built = kind.assemble(S, _noise(path, fields, noise_std), parameters)
         _check_fit(obs, built)
         built = _without_nan(obs, built)
     except ValueError as error:
@@ -153,37 +159,36 @@ def write_observations(path: str | Path, observations: Observations, x: Tensor |
     path = Path(path)
     check_suffix(path, ARCHIVES)
     observer = observations.observer
-    tensors = {"obs": observations.obs, **observer.arrays(), "noise_std": observer.noise_std, **({} if x is None else {"x": x})}
+    tensors = {"obs": observations.obs, **observer.arrays(), **observer.noise.tensors(), **({} if x is None else {"x": x})}
     fields = {name: _stored(tensor) for name, tensor in tensors.items()}
-    fields |= {"shape": np.array(observer.shape), "observer": observer.name}
+    fields |= {"shape": np.array(observer.shape), "observer": observer.name, **observer.options()}
     write_atomically(path, lambda temporary: save_archive(temporary, path.suffix, fields))
 
 
 def _stored(tensor: Tensor) -> np.ndarray:
-    """Masks as bytes, all else as float32."""
-    return (tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.float()).detach().cpu().numpy()
-
-
-def _array_names() -> set[str]:
-    return {name for observer in REGISTRY.values() for name in observer.array_names}
+    """Masks as bytes, integers as they are, all else as float32."""
+    kept = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.float() if tensor.is_floating_point() else tensor
+    return kept.detach().cpu().numpy()
 
 
 def _find(path: Path, names: list[str], accepted: tuple[str, ...]) -> str:
     """The first accepted name that is there, else the only array that has no other meaning."""
-    others = [name for name in names if name not in {"x", "observer", "noise_std", "shape", *_array_names()}]
+    others = [name for name in names if name not in {"x", "observer", "shape", *NOISE_KEYS} and not is_parameter(name)]
     found = [name for name in accepted if name in names] or (others if len(others) == 1 else [])
     if not found:
         raise UsageError(f"{path}: cannot tell which array holds the data, it has {', '.join(names) or 'none'}; call it '{accepted[0]}'")
     return found[0]
 
 
-def _load(path: Path) -> dict[str, np.ndarray]:
-    """All that a file of observations says, x excepted, which is not even opened."""
+def _load(path: Path, observer: str | None) -> tuple[type[Observer], dict[str, np.ndarray]]:
+    """The observer's class, and all that a file of observations says, x excepted, which is not even opened."""
     with open_archive(path, ARCHIVES) as file:
         names = array_names(file)
-        wanted = {name: name for name in names if name in {"observer", "noise_std", "shape", *_array_names()}}
-        wanted["obs"] = _find(path, names, OBS)
-        return {key: load_array(path, file, name) for key, name in wanted.items()}
+        stated = load_array(path, file, "observer") if "observer" in names and observer is None else None
+        obs = _find(path, names, OBS)
+        kind = _observer(path, observer, stated)
+        wanted = {name: name for name in names if name in {"shape", *NOISE_KEYS} or is_parameter(name, kind)}
+        return kind, {key: load_array(path, file, name) for key, name in {**wanted, "obs": obs}.items()}
 
 
 def _float(path: Path, name: str, array: np.ndarray, uint8_range: bool) -> Tensor:
@@ -203,27 +208,27 @@ def _numbers(path: Path, name: str, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.require(array, np.float32, ["C", "W"]))
 
 
-def _operator_array(path: Path, name: str, array: np.ndarray) -> Tensor:
-    """An array of an observer; bytes stay bytes, so that a mask takes no more memory than on disk."""
-    return torch.from_numpy(array) if array.dtype in (np.uint8, np.bool_) else _numbers(path, name, array)
-
-
-def _observer_name(path: Path, fields: Mapping[str, np.ndarray]) -> str:
-    if "observer" not in fields:
+def _observer(path: Path, wanted: str | None, stated: np.ndarray | None) -> type[Observer]:
+    """The class that was asked for, else the one that the file names; only the former may be code that is not installed."""
+    if wanted is None and stated is None:
         raise UsageError(f"{path}: does not say which observer made it; pass --observer, one of {', '.join(sorted(REGISTRY))}")
-    value = next(iter(fields["observer"].flatten().tolist()), "")
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    try:
+        return find_installed(str(parameter(path, "observer", stated))) if wanted is None else find(wanted)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}; correct the file, or override it with --observer") from error
 
 
-def _noise(path: Path, fields: Mapping[str, np.ndarray], override: float | None) -> Tensor:
+def _noise(path: Path, fields: Mapping[str, np.ndarray], override: float | None) -> Noise:
     remedy = "set it with --noise-std, a positive standard deviation in units of obs"
-    if override is None and "noise_std" not in fields:
+    found = {key: fields[key] for key in NOISE_KEYS if key in fields} if override is None else {"noise_std": np.array(float(override))}
+    if not found:
         raise UsageError(f"{path}: has no noise_std; {remedy}")
-    noise_std = _numbers(path, "noise_std", fields["noise_std"] if override is None else np.array(float(override)))
-    bad = ~((noise_std > 0) & noise_std.isfinite())
-    if bad.any():
-        raise UsageError(f"{path}: noise_std is {noise_std[bad].flatten()[0].item():g} in {_where(bad)}; {remedy}")
-    return noise_std
+    tensors = {key: _numbers(path, key, value) for key, value in found.items()}
+    if set(tensors) == {"noise_std"}:
+        bad = ~((tensors["noise_std"] > 0) & tensors["noise_std"].isfinite())
+        if bad.any():
+            raise UsageError(f"{path}: noise_std is {tensors['noise_std'][bad].flatten()[0].item():g} in {_where(bad)}; {remedy}")
+    return noise_of(tensors)
 
 
 def _shape(path: Path, fields: Mapping[str, np.ndarray]) -> tuple[int, ...]:
@@ -249,7 +254,7 @@ def _check_fit(obs: Tensor, observer: Observer) -> None:
     got, wanted = tuple(obs.shape), ", ".join(map(str, observer.obs_shape))
     if got[1:] != observer.obs_shape:
         raise ValueError(f"obs has shape {got}, expected (N, {wanted}) from observer '{observer.name}' of x {observer.shape}")
-    for name, array in {**observer.arrays(), "noise_std": observer.noise_std}.items():
+    for name, array in {**observer.arrays(), **observer.noise.tensors()}.items():
         if array.ndim and array.shape[0] not in (1, len(obs)):
             raise ValueError(f"{name} has shape {tuple(array.shape)}, expected a leading axis of 1 or {len(obs)} as in obs {got}")
 

@@ -78,7 +78,11 @@ def make_plan(config: Config, data: Observations, scale: Scale, device: str) -> 
 
 def relative_noise(data: Observations, scale: Scale, guidance: str) -> float:
     """The observations' noise in units of the data's std; where an observer of vectors mixes entries, over the norm of its rows."""
-    std = noise(data) if guidance != "fused" and applies(data) else data.observer.noise_std
+    few = data.rows(slice(0, 1024))
+    direct = scale.observations(few).observer.as_measurement(few.obs) if scale.channels else None
+    if direct is not None:
+        return float(direct[1][direct[1].isfinite()].median())
+    std = noise(data) if guidance != "fused" and applies(data) else data.observer.std()
     return float(std.median()) / scale.std
 
 
@@ -139,12 +143,14 @@ def default_name(path: Path, resolved: Config) -> str:
 
 def print_plan(data: Observations, scale: Scale, plan: Plan, reasons: dict[str, str], out: Path, finished: int) -> None:
     """Say what will be done, and why."""
-    std = data.observer.noise_std.float()
+    std = data.observer.std().float()
     noise = f"{float(std.min()):g}" if std.numel() == 1 else f"{float(std.min()):g} to {float(std.max()):g}"
     walk = plan.walk
     first = "no measurement" if math.isinf(walk.tau_first) else f"{walk.tau_first * scale.std:.3g}"
     print(f"observations  {len(data)} of shape {data.shape} through {data.observer.name}, noise_std {noise}")
     print(f"data          mean {scale.mean:.4g}, std {scale.std:.4g}, estimated from the observations")
+    if scale.channels:
+        print("channels      " + ", ".join(f"mean {mean:.4g}, std {std:.4g}" for mean, std in scale.channels))
     print(f"start         {plan.start.kind}: {reasons['start']}")
     print(f"guidance      {walk.guidance}: {reasons['guidance']}")
     print(

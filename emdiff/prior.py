@@ -117,7 +117,7 @@ def load_prior(path: Path, device: str = "cpu") -> Prior:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         denoiser = build_network(tuple(about["shape"]), **about["network"])
         denoiser.load_state_dict(weights)
-        scale = Scale(*map(float, about["scale"]))
+        scale = Scale.of(about["scale"])
         prior = Prior(denoiser, scale, tuple(about["shape"]), float(about["tau_last"]), about["network"])
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UsageError(f"{path}: not a prior that emdiff {emdiff.__version__} can read ({str(error).splitlines()[0]})") from error

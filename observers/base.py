@@ -216,6 +216,20 @@ class Observer(ABC):
         return cls(shape, noise, **parameters)
 
     @classmethod
+    def example(cls, shape: tuple[int, ...], count: int, generator: torch.Generator) -> Observer:
+        """An observer of `count` data to check the class with (contract); a class with arrays overrides it.
+
+        Raises:
+            ValueError: The class has arrays, and nobody says which.
+        """
+        if cls.array_names:
+            raise ValueError(
+                f"observer '{cls.name}' has arrays {', '.join(cls.array_names)}: define the class method example(shape, count, generator), "
+                "or give --observations, a file that holds them"
+            )
+        return cls(shape, torch.tensor(0.5))
+
+    @classmethod
     def infer_shape(cls, obs_shape: tuple[int, ...], parameters: dict[str, Any]) -> tuple[int, ...]:
         """S, where a file does not say it: that of one observation, O, unless a subclass says otherwise; () where nobody can know."""
         return obs_shape

@@ -34,7 +34,7 @@ class Compressed(Observer):
     Args:
         shape: S, the shape of x.
         noise: As in `Observer`.
-        seed: Of each datum's matrix, integers, shape (N or 1,); kept as int64.
+        seeds: Of each datum's matrix, integers, shape (N or 1,); kept as int64.
         rows: m, at least 1; with kind `hadamard` at most the power of two at or above d.
         kind: `gaussian`, `signs` or `hadamard`.
 
@@ -44,17 +44,17 @@ class Compressed(Observer):
     """
 
     name: ClassVar[str] = "compressed"
-    array_names: ClassVar[tuple[str, ...]] = ("seed",)
+    array_names: ClassVar[tuple[str, ...]] = ("seeds",)
     option_names: ClassVar[tuple[str, ...]] = ("rows", "kind")
 
-    def __init__(self, shape: tuple[int, ...], noise: Noise | Tensor, seed: Tensor, rows: int = 1, kind: str = "hadamard") -> None:
-        expect("seed", seed, ())
+    def __init__(self, shape: tuple[int, ...], noise: Noise | Tensor, seeds: Tensor, rows: int = 1, kind: str = "hadamard") -> None:
+        expect("seeds", seeds, ())
         if kind not in KINDS:
             raise ValueError(f"kind is '{kind}', expected one of: {', '.join(KINDS)}")
         self.length = 1 << (math.prod(shape) - 1).bit_length()
         if int(rows) < 1 or (kind == "hadamard" and int(rows) > self.length):
             raise ValueError(f"rows is {rows}, expected 1 to {self.length} for x {tuple(shape)}")
-        self.seed, self.m, self.kind = seed.long(), int(rows), kind
+        self.seeds, self.m, self.kind = seeds.long(), int(rows), kind
         super().__init__(shape, noise)
 
     def options(self) -> dict[str, str | int | float]:
@@ -83,10 +83,10 @@ class Compressed(Observer):
 
     def _product(self, vectors: Tensor, rule: str) -> Tensor:
         """A product with dense matrices, a few data at a time."""
-        if len(self.seed) == 1:
-            return torch.einsum(rule, self._matrix(self.seed, vectors).expand(len(vectors), -1, -1), vectors)
+        if len(self.seeds) == 1:
+            return torch.einsum(rule, self._matrix(self.seeds, vectors).expand(len(vectors), -1, -1), vectors)
         step = max(1, ENTRIES // (self.m * math.prod(self.shape)))
-        parts = [torch.einsum(rule, self._matrix(seed, v), v) for seed, v in zip(self.seed.split(step), vectors.split(step))]
+        parts = [torch.einsum(rule, self._matrix(seed, v), v) for seed, v in zip(self.seeds.split(step), vectors.split(step))]
         return torch.cat(parts)
 
     def _matrix(self, seed: Tensor, like: Tensor) -> Tensor:
@@ -99,11 +99,11 @@ class Compressed(Observer):
 
     def _signs(self, like: Tensor) -> Tensor:
         """D, shape (N or 1, d)."""
-        return torch.where(uniform(self.seed, math.prod(self.shape)) < 0.5, -1.0, 1.0).to(like.dtype)
+        return torch.where(uniform(self.seeds, math.prod(self.shape)) < 0.5, -1.0, 1.0).to(like.dtype)
 
     def _chosen(self) -> Tensor:
         """Rows of H that are kept, (N or 1, m): those of the m smallest of d' random numbers."""
-        return uniform(self.seed ^ 0x5BD1E995, self.length).argsort(1)[:, : self.m]
+        return uniform(self.seeds ^ 0x5BD1E995, self.length).argsort(1)[:, : self.m]
 
     @classmethod
     def infer_shape(cls, obs_shape: tuple[int, ...], parameters: dict) -> tuple[int, ...]:

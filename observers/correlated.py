@@ -30,7 +30,9 @@ class Full(Noise):
             raise ValueError(f"noise_cov has shape {tuple(self.noise_cov.shape)}, expected (N or 1, {o}, {o}) for observations of shape {tuple(O)}")
         asymmetry = (self.noise_cov - self.noise_cov.mT).abs().amax() / self.noise_cov.abs().amax().clamp(min=1e-300)
         if not asymmetry < 1e-4 or bool((torch.linalg.cholesky_ex(self.noise_cov).info != 0).any()):
-            raise ValueError("noise_cov is not symmetric and positive definite; check it, or give noise_factor and noise_std for low rank plus diagonal")
+            raise ValueError(
+                "noise_cov is not symmetric and positive definite; check it, or give noise_factor and noise_std for low rank plus diagonal"
+            )
 
     def std(self, O: tuple[int, ...]) -> Tensor:
         """Roots of the diagonal."""

@@ -1,7 +1,7 @@
 r"""Downsample: obs is x on a coarser grid, f entries per axis made one: super-resolution. After a PSF, it is the second part of a `compose`.
 
-    average    (A x)_i = mean of x over block i, the last block being what is left of the axis
-    sample     (A x)_i = x_{i f}: what a detector with small pixels sees of an image that a PSF has blurred
+average    (A x)_i = mean of x over block i, the last block being what is left of the axis
+sample     (A x)_i = x_{i f}: what a detector with small pixels sees of an image that a PSF has blurred
 """
 
 from __future__ import annotations

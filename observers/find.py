@@ -35,7 +35,9 @@ def find(name: str) -> type[Observer]:
         module = _load_file(Path(where)) if where.endswith(".py") else _load_module(where)
     except Exception as error:
         raise ValueError(f"{where}: cannot be imported ({type(error).__name__}: {error}); give module:Class or path/file.py:Class") from error
-    made = {key: value for key, value in vars(module).items() if inspect.isclass(value) and issubclass(value, Observer) and not inspect.isabstract(value)}
+    made = {
+        key: value for key, value in vars(module).items() if inspect.isclass(value) and issubclass(value, Observer) and not inspect.isabstract(value)
+    }
     if not cls:
         made = {key: value for key, value in made.items() if value.__module__ == module.__name__}
         if len(made) != 1:

@@ -18,6 +18,7 @@ class Mask(Observer):
         noise: As in `Observer`; its value where mask is 0 has no effect.
         mask: 1 (seen) or 0 (hidden), shape (N or 1, *S); kept as bool.
 
+    >>> import torch
     >>> Mask((2,), torch.tensor(0.5), torch.tensor([[1, 0]])).as_measurement(torch.tensor([[3.0, 0.0]]))
     (tensor([[3., 0.]]), tensor([[0.5000,    inf]]))
     """

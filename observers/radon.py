@@ -4,8 +4,8 @@ Each pixel is projected on the detector, a line through the image's centre at an
 
     s = (j - (W - 1)/2) cos theta + ((H - 1)/2 - i) sin theta,      row i, column j, pixels of side 1,
 
-and is shared between the two nearest detector bins by linear interpolation (pixel-driven projection). The adjoint gathers with the same weights, so it
-is exact, and every projection sums to the sum of the image.
+and is shared between the two nearest detector bins by linear interpolation (pixel-driven projection). The adjoint gathers with the same weights,
+so it is exact, and every projection sums to the sum of the image.
 
 Source: Pixel-driven projection, Peters (1981), Algorithms for fast back- and re-projection in computed tomography.
 """

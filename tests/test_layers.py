@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors", "streams", "settings", "meanings", "charts"},
     {"files", "measurement", "linalg"},
-    {"archive", "denoise", "langevin", "printing"},
+    {"archive", "denoise", "langevin", "printing", "parameters"},
     {"observations"},
     {"accumulate", "guidance", "gaussian"},
     {"nn", "mdae", "scale", "metrics", "calibration", "features", "verdict", "start", "training"},
@@ -20,7 +20,7 @@ LAYERS = [
     {"track", "evaluate", "strips"},
     {"evidence"},
     {"report", "plan"},
-    {"commands"},
+    {"commands", "check"},
     {"cli"},
 ]
 ONCE = {"pytorch_lightning": "training", "matplotlib": "figures", "wandb": "track"}

@@ -156,7 +156,8 @@ def test_the_truth_is_out_of_reach_of_what_is_read(tmp_path: Path, name: str, su
     assert not any(np.isin(x, array).any() for array in arrays)
     tensors = [array for array in referenced(read) if isinstance(array, Tensor)]
     assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors), "none is a window on something larger"
-    assert set(vars(read)) == {"obs", "observer"} and set(vars(read.observer)) == {"shape", "noise_std", *ARRAYS[name]}
+    assert set(vars(read)) == {"obs", "observer"} and set(vars(read.observer)) == {"shape", "noise", *ARRAYS[name]}
+    assert set(vars(read.observer.noise)) == {"noise_std"}
 
 
 def test_the_truth_is_not_even_opened_and_is_never_taken_for_observations(tmp_path: Path) -> None:
@@ -192,8 +193,8 @@ def at(array: np.ndarray, value: float, *indices: tuple[int, ...]) -> np.ndarray
 
 OBS = basic()["obs"]
 BAD: dict[str, tuple[Fields, tuple[str, ...]]] = {
-    "no observer": (basic(observer=None), ("pass --observer", "identity, mask, projection")),
-    "unknown observer": (basic(observer="blur"), ("'blur'", "identity, mask, projection", "--observer")),
+    "no observer": (basic(observer=None), ("pass --observer", "identity", "projection")),
+    "unknown observer": (basic(observer="blurr"), ("'blurr'", "identity", "projection", "--observer")),
     "array missing": (basic("mask", mask=None), ("'mask' needs an array 'mask'", "--observer")),
     "array ignored": (basic(mask=MASK), ("'identity' has no array 'mask'", "--observer")),
     "no noise": (basic(noise_std=None), ("has no noise_std", "--noise-std")),
