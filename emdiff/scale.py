@@ -24,12 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from emdiff.data import Data, Observations, View, batches
 from emdiff.errors import UsageError
-from emdiff.observations import Observations
 from observers.scaled import Scaled
-
-CHUNK = 1024
-"""Data per batch."""
 
 ALIKE = 1.5
 """Channels whose stds differ by no more than this factor, and their means by half a std, share one scale."""
@@ -78,11 +75,15 @@ class Scale(NamedTuple):
         like = data.obs.new_zeros((1, *data.shape))
         mean, std = self._moments(like)
         centre = like + mean
-        shift = torch.cat([part.observer.forward(centre.expand(len(part), *data.shape)) for part in _chunks(data)])
+        shift = torch.cat([part.observer.forward(centre.expand(len(part), *data.shape)) for _, part in batches(data)])
         observer = data.observer.with_noise(data.observer.noise.scaled(1 / self.std, data.observer.obs_shape))
         if self.channels:
             observer = Scaled(observer, (std / self.std).expand(1, -1, *[1] * self.space))
         return Observations((data.obs - shift) / self.std, observer)
+
+    def view(self, data: Data) -> View:
+        """The same, made when asked for."""
+        return View(len(data), data.shape, lambda index: self.observations(data.rows(index)))
 
     def _moments(self, x: Tensor) -> tuple[Any, Any]:
         """mean and std, numbers or tensors (C, 1, ...) like x."""
@@ -98,20 +99,16 @@ def channels(shape: tuple[int, ...]) -> int:
     return shape[0] if many and 2 <= shape[0] <= 16 else 1
 
 
-def _chunks(data: Observations) -> list[Observations]:
-    return [data.rows(slice(i, i + CHUNK)) for i in range(0, len(data), CHUNK)]
-
-
-def _units(data: Observations) -> float:
+def _units(data: Data) -> float:
     """The noise's typical std, as a power of two, by which everything may be divided without rounding."""
-    return 2.0 ** round(math.log2(float(data.rows(slice(0, CHUNK)).observer.std().double().median())))
+    return 2.0 ** round(math.log2(float(data.rows(slice(0, 1024)).observer.std().double().median())))
 
 
 def _divided(part: Observations, unit: float) -> Observations:
     return Observations(part.obs / unit, part.observer.with_noise(part.observer.noise.scaled(1 / unit, part.observer.obs_shape)))
 
 
-def estimate_scale(data: Observations, generator: torch.Generator) -> Scale:
+def estimate_scale(data: Data, generator: torch.Generator) -> Scale:
     """Estimate mean and std of x from its observations.
 
     Args:
@@ -125,7 +122,7 @@ def estimate_scale(data: Observations, generator: torch.Generator) -> Scale:
         UsageError: if the observations vary no more than their noise alone would.
     """
     unit, top, bottom = _units(data), 0.0, 0.0
-    for part in _chunks(data):
+    for _, part in batches(data):
         part = _divided(part, unit)
         one = part.observer.forward(part.obs.new_ones(len(part), *data.shape))
         w = _weights(part)
@@ -133,7 +130,7 @@ def estimate_scale(data: Observations, generator: torch.Generator) -> Scale:
         bottom += float((w * one.square().flatten(1).sum(1)).sum())
     mean = top / max(bottom, 1e-30)
     power = noise = trace = 0.0
-    for part in _chunks(data):
+    for _, part in batches(data):
         part = _divided(part, unit)
         ones = part.obs.new_full((len(part), *data.shape), mean)
         signs = torch.randint(0, 2, ones.shape, generator=generator).to(ones) * 2 - 1
@@ -152,12 +149,13 @@ def estimate_scale(data: Observations, generator: torch.Generator) -> Scale:
     return whole if channels(data.shape) == 1 else _by_channel(data, unit, whole, generator)
 
 
-def _by_channel(data: Observations, unit: float, whole: Scale, generator: torch.Generator) -> Scale:
+def _by_channel(data: Data, unit: float, whole: Scale, generator: torch.Generator) -> Scale:
     """A scale for each channel, or the whole one where the channels are alike or one of them cannot be told from noise."""
     C, space = channels(data.shape), len(data.shape) - 1
-    indicator = torch.eye(C, dtype=data.obs.dtype).reshape(C, 1, C, *[1] * space).expand(C, 1, *data.shape)
+    like = data.rows(slice(0, 1)).obs
+    indicator = torch.eye(C, dtype=like.dtype).reshape(C, 1, C, *[1] * space).expand(C, 1, *data.shape)
     G, b = torch.zeros(C, C, dtype=torch.float64), torch.zeros(C, dtype=torch.float64)
-    for part in _chunks(data):
+    for _, part in batches(data):
         part = _divided(part, unit)
         seen = torch.stack([part.observer.forward(one.expand(len(part), *data.shape)).flatten(1) for one in indicator])
         weighted = seen * _weights(part)[:, None]
@@ -165,8 +163,8 @@ def _by_channel(data: Observations, unit: float, whole: Scale, generator: torch.
         b += torch.einsum("cbo,bo->c", weighted, part.obs.flatten(1)).double()
     mean = torch.linalg.pinv(G, hermitian=True) @ b
     T, q = torch.zeros(C, C, dtype=torch.float64), torch.zeros(C, dtype=torch.float64)
-    centre = mean.to(data.obs).reshape(1, C, *[1] * space).expand(1, *data.shape)
-    for part in _chunks(data):
+    centre = mean.to(like).reshape(1, C, *[1] * space).expand(1, *data.shape)
+    for _, part in batches(data):
         part, w = _divided(part, unit), _weights(_divided(part, unit))
         power = lambda t, w=w: (w[:, None] * t.flatten(2).square().sum(2)).sum(0).double()
         signs = torch.randint(0, 2, (len(part), *data.shape), generator=generator).to(part.obs) * 2 - 1
