@@ -7,7 +7,7 @@ import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal, Optional, Union
 
 from jsonargparse import ArgumentParser, auto_parser
 
@@ -55,7 +55,7 @@ def fit(
     relax: Optional[int] = None,
     stop: Literal["never", "auto"] = "never",
     observer: Optional[str] = None,
-    noise_std: Optional[float] = None,
+    noise_std: Optional[Union[float, Literal["auto"]]] = None,
     shape: Optional[list[int]] = None,
     uint8_range: bool = False,
     seed: int = 0,
@@ -78,8 +78,8 @@ def fit(
         stop: auto ends the fit when the figures that need no truth (chi2, and the agreement of re-observed prior samples with the observations)
             have not improved for three iterations; either way the run's prior for later commands is that of the best iteration with auto, of
             the last with never.
-        observer: Name of the observer, if the file does not hold it or holds another.
-        noise_std: Noise level in the units of the observations, likewise.
+        observer: Name of the observer, or module:Class, or path/file.py:Class, if the file does not hold it or holds another.
+        noise_std: Noise level in the units of the observations, likewise; auto estimates one for all entries, and EM updates it.
         shape: Shape of x, likewise.
         uint8_range: Accept uint8 observations and divide them by 255.
         seed: Seed of everything random.
@@ -144,7 +144,7 @@ def reconstruct(
         samples: Posterior samples per observation, at least 2 for a std.
         out: File to write, .npz, .h5 or a folder (FOLDER/), with samples (N, samples, *S), mean and std (N, *S).
         observer: Name of the observer, if the file does not hold it.
-        noise_std: Noise level, if the file does not hold it.
+        noise_std: Noise level, if the file does not hold it; unset, that of the run if it has estimated one.
         shape: Shape of x, if the file does not hold it.
         uint8_range: Accept uint8 observations and divide them by 255.
         seed: Seed.
@@ -152,10 +152,11 @@ def reconstruct(
     """
     from emdiff.commands import reconstruct_command
     from emdiff.observations import open_observations
+    from emdiff.posterior import run_level
 
     _at_least("--samples", samples, 2)
     _suffix("--out", out, (".npz", ".h5", ".hdf5", "/"))
-    data = open_observations(Path(observations), observer, noise_std, tuple(shape) if shape else None, uint8_range)
+    data = open_observations(Path(observations), observer, noise_std or run_level(Path(run)), tuple(shape) if shape else None, uint8_range)
     reconstruct_command(Path(run), data, samples, Path(out), seed, device)
 
 
@@ -190,7 +191,7 @@ def evaluate(
         features: Feature module for Frechet and kernel distances: random-conv-64, or a TorchScript file that maps images to vectors.
         out: Folder to write metrics.json and arrays.npz. Unset: RUN/evaluation.
         observer: Name of the observer, if the file does not hold it.
-        noise_std: Noise level, if the file does not hold it.
+        noise_std: Noise level, if the file does not hold it; unset, that of the run if it has estimated one.
         shape: Shape of x, if the file does not hold it.
         uint8_range: Accept uint8 observations and divide them by 255.
         seed: Seed.
@@ -199,10 +200,11 @@ def evaluate(
     """
     from emdiff.commands import evaluate_command
     from emdiff.observations import open_observations
+    from emdiff.posterior import run_level
 
     _at_least("--samples", samples, 4)
     _at_least("--prior-samples", prior_samples, 2)
-    data = open_observations(Path(observations), observer, noise_std, tuple(shape) if shape else None, uint8_range)
+    data = open_observations(Path(observations), observer, noise_std or run_level(Path(run)), tuple(shape) if shape else None, uint8_range)
     if count is not None and not 2 <= count <= len(data):
         raise UsageError(f"--count is {count}; {observations} holds {len(data)} observations, give 2 to {len(data)}")
     evaluate_command(

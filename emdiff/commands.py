@@ -23,9 +23,10 @@ from emdiff.figures import is_image, save_progress, save_rows, save_samples
 from emdiff.files import write_arrays
 from emdiff.fit import run_fit
 from emdiff.metrics import residual_chi2, truth_figures
+from emdiff.noise import depends_on_signal, first_noise, with_counts, with_level
 from emdiff.observations import open_data, open_observations, open_truth, write_parts
 from emdiff.plan import Config, default_name, make_plan, print_plan, resolve_device, resolved_config
-from emdiff.posterior import check_shape, run_walk, sample_posterior
+from emdiff.posterior import check_shape, run_walk, sample_posterior, settled
 from emdiff.prior import load_prior, sample_prior
 from emdiff.report import write_report
 from emdiff.rows import BLOCK, Rows, spans
@@ -66,7 +67,8 @@ class Console:
     def round(self, k: int, metrics: dict[str, Any], pictures: dict[str, Tensor]) -> None:
         """Say how the round went, and draw it."""
         self.close()
-        names = {"chi2": "chi2", "sample_std": "std", "observation_agreement": "agreement", "error": "error", "restarted": "restarted"}
+        names = {"chi2": "chi2", "sample_std": "std", "observation_agreement": "agreement", "error": "error", "noise_std": "noise"}
+        names["restarted"] = "restarted"
         figures = "  ".join(f"{label} {metrics[name]:.4g}" for name, label in names.items() if name in metrics)
         print(f"{'start   ' if not k else f'round {k:3d}'}  {figures}  ({metrics['seconds']:.0f} s)", flush=True)
         folder = self.run.path / "figures"
@@ -125,7 +127,12 @@ def fit_command(config: Config) -> None:
     """`emdiff fit`."""
     path, device = Path(config["observations"]), resolve_device(config["device"])
     shape = tuple(config["shape"]) if config["shape"] else None
-    data = open_observations(path, config["observer"], config["noise_std"], shape, config["uint8_range"])
+    unknown = config["noise_std"] == "auto"
+    data = open_observations(path, config["observer"], 1.0 if unknown else config["noise_std"], shape, config["uint8_range"])
+    if unknown:
+        data = with_level(data, first_noise(data))
+    elif depends_on_signal(data):
+        data = with_counts(data, None)
     scale = estimate_scale(data, stream(config["seed"], "scale"))
     plan, reasons = make_plan(config, data, scale, device)
     resolved = resolved_config(config, plan)
@@ -172,7 +179,7 @@ def reconstruct_command(run: Path, data: Data, samples: int, out: Path, seed: in
         shapes = {"samples": (len(data), samples, *data.shape), "mean": (len(data), *data.shape), "std": (len(data), *data.shape)}
         arrays = {name: new.array(name, shape, np.float32) for name, shape in shapes.items()}
         for span in spans(len(data), samples * math.prod(data.shape), len(data), BLOCK):
-            block = data.rows(span)
+            block = settled(prior, data.rows(span), walk, generator)
             stacked = sample_posterior(prior, block, walk, samples, generator, bars(span, len(data))).x
             made = {"samples": stacked, "mean": stacked.mean(1), "std": stacked.std(1)}
             for name, values in made.items():
@@ -201,6 +208,7 @@ def evaluate_command(
     if truth is not None and is_image(data.shape):
         feature_module(features, truth[:2].reshape(len(truth[:2]), -1, *data.shape[-2:]))
     best = load_prior(oracle, device) if oracle else None
+    data = settled(prior, data, run_walk(run, data, device), stream(seed, "evaluate", "counts", device=device))
     task = Task(data, run_walk(run, data, device), samples, prior_samples, truth, features, seed, device)
     history, iteration = round_metrics(run), round_of(latest_prior(run))
     found = evaluate(prior, task, bars())

@@ -15,6 +15,7 @@ from emdiff.em import Walk, choose_guidance
 from emdiff.errors import UsageError
 from emdiff.fit import Plan, level_maps
 from emdiff.gaussian import DENSE
+from emdiff.noise import depends_on_signal
 from emdiff.pool import applies, noise
 from emdiff.posterior import default_pool, default_tau_first
 from emdiff.prior import choose_network
@@ -72,7 +73,7 @@ def make_plan(config: Config, data: Data, scale: Scale, device: str) -> tuple[Pl
     steps = train["steps"] or default_steps(len(data), device, network["kind"])
     plan = Plan(
         config["iters"], start, chosen, network, train["start_steps"], steps, train["batch"], train["rate"], relax,
-        seed=config["seed"], device=device, stop=config["stop"] == "auto",
+        seed=config["seed"], device=device, stop=config["stop"] == "auto", level=noise_range(data)[0] if config["noise_std"] == "auto" else None,
     )  # fmt: skip
     return plan, {"start": start.reason, "guidance": reason}
 
@@ -161,6 +162,10 @@ def print_plan(data: Data, scale: Scale, plan: Plan, reasons: dict[str, str], ou
     walk = plan.walk
     first = "no measurement" if math.isinf(walk.tau_first) else f"{walk.tau_first * scale.std:.3g}"
     print(f"observations  {len(data)} of shape {data.shape} through {observer_name(data)}, noise_std {noise}")
+    if plan.level is not None:
+        print("noise         its level is estimated from the observations, and by EM in every iteration")
+    elif depends_on_signal(data):
+        print("noise         counts: its variance is taken from the last samples in every iteration")
     print(f"data          mean {scale.mean:.4g}, std {scale.std:.4g}, estimated from the observations")
     if scale.channels:
         print("channels      " + ", ".join(f"mean {mean:.4g}, std {std:.4g}" for mean, std in scale.channels))
