@@ -50,19 +50,23 @@ class Prior(NamedTuple):
 
 
 def choose_network(shape: tuple[int, ...], maps: bool = False) -> dict[str, Any]:
-    """A network for data of this shape: a U-Net for images of at least 8 x 8 with at most 16 channels, else an MLP.
+    """A network for data of this shape: a U-Net for images of at least 8 x 8, volumes of at least 8 x 8 x 8 and series of at least 64 entries, with at
+    most 16 channels (series: fewer than 8), else an MLP. A volume has four axes, the first its channels; a vector has no order and gets an MLP.
 
     Args:
         shape: S.
         maps: Whether noise levels differ between the entries of a datum.
 
     Returns:
-        Arguments for `build_network`; about 0.6 million parameters for a U-Net.
+        Arguments for `build_network`; about 0.6 million parameters for a U-Net of images.
     """
-    side = min(shape[-2:]) if len(shape) in (2, 3) else 0
-    if side < 8 or (len(shape) == 3 and shape[0] > 16):
+    series = len(shape) == 2 and shape[0] < 8 and shape[1] >= 64
+    dims = 1 if series else len(shape) - 1 if len(shape) > 2 else 2
+    side = min(shape[-dims:]) if len(shape) in (2, 3, 4) else 0
+    if side < 8 or (len(shape) > 2 and shape[0] > 16):
         return {"kind": "mlp", "width": 128, "blocks": 3}
-    return {"kind": "unet", "widths": [32, 64, 128] + [128] * (side >= 64), "patch": 2 if side >= 16 else 1, "maps": maps}
+    widths = [32, 64, 128] + [128] * (side >= 64)
+    return {"kind": "unet", "widths": widths, "patch": 2 if side >= 16 else 1, "maps": maps} | ({} if dims == 2 else {"dims": dims})
 
 
 def build_network(shape: tuple[int, ...], kind: str, **options: Any) -> MDAE:

@@ -81,6 +81,8 @@ class Observer(ABC):
         self.shape = tuple(int(length) for length in shape)
         self.noise = noise if isinstance(noise, Noise) else Diagonal(noise)
         self.noise.check(self.obs_shape)
+        if self.noise.complete and not bool(self.observed().all()):
+            raise ValueError("noise_spectrum is for observations of which every entry is observed; give noise_cov where some are hidden or NaN")
         self._check_counts()
 
     @abstractmethod

@@ -130,6 +130,7 @@ class Fourier(Noise):
     """
 
     tensor_names: ClassVar[tuple[str, ...]] = ("noise_spectrum",)
+    complete: ClassVar[bool] = True
 
     def __init__(self, noise_spectrum: Tensor) -> None:
         self.noise_spectrum = noise_spectrum

@@ -62,6 +62,14 @@ class Downsample(Observer):
             w = (w.movedim(i - self.axes, -1) @ self._matrix(length, w)).movedim(-1, i - self.axes)
         return w
 
+    def as_measurement(self, obs: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Where entries are sampled and not averaged, each is a measurement of its entry of x."""
+        if self.way == "average" or not self.noise.diagonal:
+            return None
+        std = self.std()
+        seen = self.adjoint(torch.ones_like(obs[:1])) > 0
+        return self.adjoint(obs), torch.where(seen, self.adjoint(std.expand(len(std), *self.obs_shape)), torch.inf)
+
     def _matrix(self, length: int, like: Tensor) -> Tensor:
         """The operator along one axis, (ceil(length / factor), length)."""
         i = torch.arange(length, device=like.device)

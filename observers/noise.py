@@ -32,10 +32,12 @@ class Noise(ABC):
     Attributes:
         tensor_names: Its tensors, which are also its keys in files; each has a leading axis of N or 1, or none where it is a scalar.
         diagonal: Whether C is diagonal.
+        complete: Whether every entry of obs has to be observed.
     """
 
     tensor_names: ClassVar[tuple[str, ...]]
     diagonal: ClassVar[bool] = False
+    complete: ClassVar[bool] = False
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name."""
@@ -136,7 +138,7 @@ class Poisson(Diagonal):
     def check(self, O: tuple[int, ...]) -> None:
         """Shapes and signs."""
         check_std(self.noise_gain, O, "noise_gain")
-        check_std(self.noise_std + 1, O)
+        check_std(self.noise_std.abs() + 1, O)
         if (self.noise_std < 0).any():
             raise ValueError(f"noise_std holds {float(self.noise_std.min()):g}, expected standard deviations of read-out noise, 0 or more")
 
