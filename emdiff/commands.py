@@ -22,6 +22,7 @@ from emdiff.features import feature_module
 from emdiff.figures import is_image, save_progress, save_rows, save_samples
 from emdiff.files import write_arrays
 from emdiff.fit import run_fit
+from emdiff.identify import blind_spots
 from emdiff.metrics import residual_chi2, truth_figures
 from emdiff.noise import depends_on_signal, first_noise, with_counts, with_level
 from emdiff.observations import open_data, open_observations, open_truth, write_parts
@@ -139,6 +140,8 @@ def fit_command(config: Config) -> None:
     out = Path(config["out"]) if config["out"] else Path("runs") / default_name(path, resolved)
     run = Run(out, resolved, path, needed=4 * (plan.iters + 6) * len(data) * math.prod(data.shape))
     print_plan(data, scale, plan, reasons, out, run.finished())
+    for line in blind_spots(data, stream(config["seed"], "blind spots")):
+        print(f"warning: {line}", flush=True)
     tracker = Tracker(config["wandb"], out, resolved, warn=lambda line: print(f"note: {line}"))
     truth, obs = open_truth(path), data.rows(slice(0, 12)).obs
     fixed = {} if truth is None else {"truth": truth[:12]}

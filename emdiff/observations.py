@@ -39,8 +39,9 @@ from observers import REGISTRY, Observer
 from observers.find import find, find_installed
 from observers.noises import NOISE_KEYS
 
-OBS = ("obs", "y", "observations", "arr_0")
-DATA = ("train_images", "x", "images", "data", "arr_0")
+OBS = ("obs", "y", "observations", "y_train", "arr_0")
+DATA = ("train_images", "x", "images", "data", "x_train", "arr_0")
+TRUTH = ("x", "x_train")
 
 
 def open_observations(
@@ -73,9 +74,9 @@ def open_observations(
         kind = _observer(path, observer, fields)
         obs = _float(path, "obs", open_rows(path, file, obs_name, kind.complex_obs), uint8_range)
         _check_size(path, obs.shape)
-        own = [name for name in names if is_parameter(name, kind)]
-        options = {name: option(load_array(path, file, name)) for name in own if not _is_array(path, file, name)}
-        arrays = {name: open_rows(path, file, name, kind.complex_obs) for name in own if name not in options}
+        own = {_key(name, names): name for name in names if is_parameter(_key(name, names), kind)}
+        options = {key: option(load_array(path, file, name)) for key, name in own.items() if not _is_array(path, file, name)}
+        arrays = {key: open_rows(path, file, name, kind.complex_obs) for key, name in own.items() if key not in options}
         arrays |= _noise(path, {name: open_rows(path, file, name) for name in names if name in NOISE_KEYS}, noise_std)
         try:
             made = Operators(kind, shape or _shape(path, fields), arrays, options, tuple(obs.shape))
@@ -100,7 +101,8 @@ def open_truth(path: str | Path) -> Rows | None:
     """The truth x (N, *S), float32, of a file of observations, or None where it has none; uint8 is divided by 255."""
     path = Path(path)
     with open_archive(path, ARCHIVES) as file:
-        return _float(path, "x", open_rows(path, file, "x"), uint8_range=True) if "x" in array_names(file) else None
+        found = [name for name in TRUTH if name in array_names(file)]
+        return _float(path, "x", open_rows(path, file, found[0]), uint8_range=True) if found else None
 
 
 def read_truth(path: str | Path) -> Tensor | None:
@@ -188,6 +190,11 @@ def _stored(tensor: Tensor) -> np.ndarray:
     return kept.detach().cpu().numpy()
 
 
+def _key(name: str, names: list[str]) -> str:
+    """The key of an array; data sets of deepinv call the arrays of their training data `y_train`, `x_train`, `mask_train` and so on."""
+    return name.removesuffix("_train") if "y_train" in names else name
+
+
 def _is_array(path: Path, file: Any, name: str) -> bool:
     """Whether a parameter is an array of numbers, and not text or one number."""
     shape, dtype = declared(path, file, name)
@@ -196,7 +203,7 @@ def _is_array(path: Path, file: Any, name: str) -> bool:
 
 def _find(path: Path, names: list[str], accepted: tuple[str, ...]) -> str:
     """The first accepted name that is there, else the only array that has no other meaning."""
-    others = [name for name in names if name not in {"x", "observer", "shape", *NOISE_KEYS} and not is_parameter(name)]
+    others = [name for name in names if name not in {*TRUTH, "observer", "shape", *NOISE_KEYS} and not is_parameter(name)]
     found = [name for name in accepted if name in names] or (others if len(others) == 1 else [])
     if not found:
         raise UsageError(f"{path}: cannot tell which array holds the data, it has {', '.join(names) or 'none'}; call it '{accepted[0]}'")

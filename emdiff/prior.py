@@ -50,8 +50,8 @@ class Prior(NamedTuple):
 
 
 def choose_network(shape: tuple[int, ...], maps: bool = False) -> dict[str, Any]:
-    """A network for data of this shape: a U-Net for images of at least 8 x 8, volumes of at least 8 x 8 x 8 and series of at least 64 entries, with at
-    most 16 channels (series: fewer than 8), else an MLP. A volume has four axes, the first its channels; a vector has no order and gets an MLP.
+    """A network for data of this shape: a U-Net for images of at least 8 x 8, volumes of at least 8 x 8 x 8 and series of at least 64 entries, with
+    at most 16 channels (series: fewer than 8), else an MLP. A volume has four axes, the first its channels; a vector has no order and gets an MLP.
 
     Args:
         shape: S.
@@ -65,7 +65,7 @@ def choose_network(shape: tuple[int, ...], maps: bool = False) -> dict[str, Any]
     side = min(shape[-dims:]) if len(shape) in (2, 3, 4) else 0
     if side < 8 or (len(shape) > 2 and shape[0] > 16):
         return {"kind": "mlp", "width": 128, "blocks": 3}
-    widths = [32, 64, 128] + [128] * (side >= 64)
+    widths = ([16, 32, 64] if dims == 3 else [32, 64, 128]) + [128] * (side >= 64)
     return {"kind": "unet", "widths": widths, "patch": 2 if side >= 16 else 1, "maps": maps} | ({} if dims == 2 else {"dims": dims})
 
 

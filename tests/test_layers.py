@@ -13,7 +13,7 @@ LAYERS = [
     {"stored"},
     {"observations"},
     {"accumulate", "guidance", "gaussian"},
-    {"nn", "mdae", "scale", "noise", "metrics", "calibration", "features", "verdict", "start", "training"},
+    {"nn", "mdae", "scale", "noise", "identify", "metrics", "calibration", "features", "verdict", "start", "training"},
     {"prior", "runs"},
     {"em", "pool"},
     {"posterior"},
