@@ -1,9 +1,9 @@
 r"""What the observations cannot tell: entries of x that no datum sees, and directions, for operators that mix entries.
 
 All that N data say of second moments of x goes through G = sum_i A_i^T A_i. Entry j is seen by some datum if and only if G_jj > 0, and
-G_jj = sum_i E (A_i^T s)_j^2 over random signs s: one adjoint per datum. The share of directions of which G is next to nothing is read off its spectral
-measure, which a few Lanczos steps from a random vector give (stochastic Lanczos quadrature): the weights of the Ritz values are shares of the
-directions. What is seen by no datum, no amount of data and no iteration of EM tells: it stays what the start guessed (docs/observers.md).
+G_jj = sum_i E (A_i^T s)_j^2 over random signs s: one adjoint per datum. The share of directions of which G is next to nothing is read off its
+spectral measure, which a few Lanczos steps from a random vector give (stochastic Lanczos quadrature): the weights of the Ritz values are shares of
+the directions. What is seen by no datum, no amount of data and no iteration of EM tells: it stays what the start guessed (docs/observers.md).
 
 Source: Golub & Meurant, Matrices, moments and quadrature (1994); Ubaru, Chen & Saad (2017), Sec. 3.
 """
