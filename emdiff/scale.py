@@ -174,7 +174,7 @@ def _by_channel(data: Data, unit: float, whole: Scale, generator: torch.Generato
         q += power(A.adjoint(part.obs - A.forward(centre.expand(len(part), *data.shape))))
         q -= power(A.adjoint(torch.where(seen, A.noise.colour(noise, seen), 0.0)))
     variance = torch.linalg.pinv(T, rtol=1e-6) @ q
-    if not bool((variance > 1e-6 * variance.abs().max()).all()):
+    if not bool((variance > 0).all()):
         return whole
     std = variance.sqrt()
     alike = float(std.max() / std.min()) < ALIKE and float(mean.max() - mean.min()) < 0.5 * float(std.min())

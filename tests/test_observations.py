@@ -361,6 +361,7 @@ def test_writing_below_a_file_or_another_format_is_refused(tmp_path: Path) -> No
     complains(lambda: write_observations(tmp_path / "a.txt", read), tmp_path / "a.txt", "'.txt'", ".npz, .h5, .hdf5")
 
 
+PLAIN = np.ones((1, 4, 4), np.uint8)
 EVERY: dict[str, tuple[tuple[int, ...], Fields]] = {
     "blur": ((6, 5), {"psf": normal(N, 3, 3), "boundary": "reflect"}),
     "downsample": ((2, 6, 5), {"factor": 2, "axes": 2, "way": "average"}),
@@ -370,7 +371,7 @@ EVERY: dict[str, tuple[tuple[int, ...], Fields]] = {
     "compressed": ((3, 4), {"seeds": 2**60 + np.arange(N), "rows": 5, "kind": "gaussian"}),
     "compose": (
         (4, 4),
-        {"0.observer": "blur", "0.psf": normal(N, 3, 3), "0.boundary": "zero", "1.observer": "mask", "1.mask": np.ones((1, 4, 4), np.uint8)},
+        {"0.observer": "blur", "0.psf": normal(N, 3, 3), "0.boundary": "zero", "1.observer": "mask", "1.mask": PLAIN},
     ),
     "stack": ((4, 4), {"0.observer": "identity", "1.observer": "downsample", "1.factor": 2, "1.axes": 2, "1.way": "average"}),
 }
@@ -407,7 +408,7 @@ def test_noise_of_every_kind_is_read_back_by_row(tmp_path: Path, noise: str) -> 
         "noise_spectrum": {"noise_spectrum": spectrum + np.roll(spectrum[:, ::-1, ::-1], (1, 1), (1, 2))},
         "noise_gain": {"noise_gain": 0.1 + abs(normal(N))},
     }[noise]
-    path = save(tmp_path / "a.npz", **basic(noise_std=None, **fields))
+    path = save(tmp_path / "a.npz", **basic(**{"noise_std": None, **fields}))
     read, w = read_observations(path), torch.from_numpy(normal(2, *S))
     part = open_observations(path).rows(torch.tensor([3, 1])).observer
     torch.testing.assert_close(part.cov(w), read.observer.rows(torch.tensor([3, 1])).cov(w))
