@@ -171,7 +171,8 @@ def prior_figures(data: Data, x: Tensor, generator: torch.Generator) -> dict[str
 def truth_figures(x: Array, truth: Array) -> dict[str, float]:
     """Error of one sample per entry, and sample std over true std; x and truth (N, *S)."""
     squares = sum(float((x[part] - truth[part]).double().square().sum()) for part in row_spans(x))
-    return {"error": squares / math.prod(x.shape), "std_ratio": moments(x)[1] / moments(truth)[1]}
+    std, true = moments(x)[1], moments(truth)[1]
+    return {"error": squares / math.prod(x.shape), "std_ratio": std / true if true else math.inf}
 
 
 class Likeness(NamedTuple):

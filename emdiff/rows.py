@@ -2,12 +2,13 @@ r"""Arrays of N rows that may live in a file: rows are read when they are asked 
 
 `Rows` and torch tensors are used alike: both have a shape and a length, and are indexed by a slice or by indices (B,), int64, which gives a tensor
 (B, ...) with memory of its own. Stored float16 and float64 become float32 row by row, integers int64; bytes stay bytes, so that a mask takes no more
-than on disk. A file is mapped anew for each read, so that what has been read does not stay in the process's memory.
+than on disk.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -82,13 +83,13 @@ def small(size: int) -> bool:
     return size <= SMALL
 
 
-def spans(count: int, entries: int, most: int = 1024, at_once: int = ENTRIES) -> list[slice]:
-    """Slices that cover `count` rows of `entries` entries: at least two rows, at most `most`, and about `at_once` entries each.
+def spans(count: int, entries: int, most: int = 1024, at_once: int | None = None) -> list[slice]:
+    """Slices that cover `count` rows of `entries` entries: at least two rows, at most `most`, and about `at_once` or ENTRIES entries.
 
     >>> spans(2500, 28 * 28)
     [slice(0, 1024, None), slice(1024, 2048, None), slice(2048, 2500, None)]
     """
-    step = max(2, min(most, at_once // max(1, entries)))
+    step = max(2, min(most, (at_once or ENTRIES) // max(1, entries)))
     return [slice(i, min(i + step, count)) for i in range(0, count, step)]
 
 
@@ -120,8 +121,9 @@ def own(array: np.ndarray) -> Tensor:
     """A tensor with memory of its own: bytes as they are, other integers as int64, complex numbers as complex64, the rest as float32."""
     kept = array.dtype in (np.uint8, np.bool_)
     wanted = array.dtype if kept else {"i": np.int64, "u": np.int64, "c": np.complex64}.get(array.dtype.kind, np.float32)
+    shared = None if array.flags.owndata and array.flags.writeable else True
     with np.errstate(over="ignore"):
-        return torch.from_numpy(np.array(array, wanted, order="C"))
+        return torch.from_numpy(np.array(array, wanted, order="C", copy=shared))
 
 
 def in_memory(array: np.ndarray) -> Rows:
@@ -136,16 +138,43 @@ def real_pairs(rows: Rows) -> Rows:
     return Rows(shape, lambda index: torch.view_as_real(rows[index]).movedim(-1, -3), np.float32)
 
 
-def mapped(path: Path, shape: tuple[int, ...], dtype: Any, offset: int = 0, order: Any = "C") -> Rows:
-    """Rows of an array that lies uncompressed in a file from byte `offset` on; the file stays open, so a new one of that name changes nothing."""
-    file = path.open("rb")
+def at_offset(path: Path, shape: tuple[int, ...], dtype: Any, offset: int = 0, order: Any = "C") -> Rows:
+    """Rows of an array that lies uncompressed in a file from byte `offset` on; the file stays open, so a new one of that name changes nothing.
+
+    Rows are read and not mapped: a map brings the pages around each row into the process, and kills it where the file was cut short meanwhile. Only
+    arrays in Fortran's order, whose rows are scattered, are mapped for the length of a read.
+    """
+    file, dtype = path.open("rb"), np.dtype(dtype)
+    size = math.prod(shape[1:]) * dtype.itemsize
 
     def read(index: Index) -> Tensor:
-        stored = np.memmap(file, dtype, "r", offset, shape, order)
-        return own(stored[index if isinstance(index, slice) else index.numpy()])
+        if order == "F":
+            return own(np.memmap(file, dtype, "r", offset, shape, order)[index if isinstance(index, slice) else index.numpy()])
+        if not isinstance(index, slice) and len(index) and not -shape[0] <= int(index.min()) <= int(index.max()) < shape[0]:
+            raise IndexError(f"rows {int(index.min())} to {int(index.max())} of {shape[0]}")
+        first, last, _ = index.indices(shape[0]) if isinstance(index, slice) else (0, len(index), 1)
+        found = np.empty((max(0, last - first), *shape[1:]), dtype)
+        runs = [(first, found)] if isinstance(index, slice) else zip((index % shape[0]).tolist(), found.reshape(len(found), -1))
+        for start, part in runs:
+            read_at(file.fileno(), offset + start * size, part)
+        return own(found)
 
     weakref.finalize(read, file.close)
     return Rows(shape, read, dtype)
+
+
+def read_at(descriptor: int, offset: int, into: np.ndarray) -> None:
+    """Fill an array, contiguous in memory, with a file's bytes from an offset on.
+
+    Raises:
+        EOFError: The file ends before.
+    """
+    bytes_ = memoryview(into.reshape(-1).view(np.uint8))
+    while len(bytes_):
+        done = os.preadv(descriptor, [bytes_], offset)
+        if not done:
+            raise EOFError("the file ends before the last row")
+        offset, bytes_ = offset + done, bytes_[done:]
 
 
 def of_dataset(dataset: Any) -> Rows:
@@ -167,9 +196,9 @@ def of_npy(path: Path) -> Rows:
         OSError, ValueError: It cannot be read, or is shorter than it says; nothing is unpickled.
     """
     stored = np.load(path, mmap_mode="r", allow_pickle=False)
-    if small(stored.nbytes):
+    if not stored.ndim or small(stored.nbytes):
         return in_memory(stored)
-    return mapped(path, stored.shape, stored.dtype, stored.offset, "C" if stored.flags.c_contiguous else "F")
+    return at_offset(path, stored.shape, stored.dtype, stored.offset, "C" if stored.flags.c_contiguous else "F")
 
 
 class Tally:

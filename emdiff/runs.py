@@ -8,7 +8,7 @@ r"""The run folder is the state of a fit: running the same command again continu
     figures/              pictures per round
     best.json             the iteration whose prior later commands take, where it is not the last
 
-Arrays are written by rows and mapped when read (rows). While a round is made, its folder also holds scratch/: what the E-step ends with, in
+Arrays are written and read by rows (rows). While a round is made, its folder also holds scratch/: what the E-step ends with, in
 standardised units. metrics.json is written last: a round that has none did not finish and is done again.
 """
 

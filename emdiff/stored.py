@@ -2,10 +2,10 @@ r"""The arrays of an archive as rows: in memory where they are small, else read 
 
 | where an array lies | how its rows are read |
 |---|---|
-| .npy, or a folder of such | mapped |
-| .npz, as numpy.savez writes it | mapped at its place inside the zip |
+| .npy, or a folder of such | at their place in the file |
+| .npz, as numpy.savez writes it | at their place inside the zip |
 | .h5 | as a dataset, whatever its chunks |
-| .npz or .h5, compressed | unpacked once into FILE.unpacked/ next to the file, then mapped |
+| .npz or .h5, compressed | unpacked once into FILE.unpacked/ next to the file, then from there |
 
 Every complaint is a `UsageError` of one line.
 """
@@ -26,7 +26,7 @@ import numpy as np
 
 from emdiff.archive import Folder, declared, load_array, npy_header
 from emdiff.errors import UsageError
-from emdiff.rows import Rows, in_memory, mapped, of_dataset, of_npy, real_pairs, small, spans
+from emdiff.rows import Rows, at_offset, in_memory, of_dataset, of_npy, real_pairs, small, spans
 from emdiff.written import NewArray
 
 LOCAL = struct.Struct("<4sHHHHHIIIHH")
@@ -53,7 +53,7 @@ def _rows(path: Path, file: Any, name: str, shape: tuple[int, ...], dtype: np.dt
     """The rows of an array of known shape and type."""
     if isinstance(file, Folder):
         return of_npy(file.paths[name])
-    if small(math.prod(shape) * dtype.itemsize):
+    if not shape or small(math.prod(shape) * dtype.itemsize):
         return in_memory(load_array(path, file, name))
     if isinstance(file, h5py.File):
         dataset = h5py.File(path, "r")[name]
@@ -68,7 +68,7 @@ def _rows(path: Path, file: Any, name: str, shape: tuple[int, ...], dtype: np.dt
             return _unpacked(path, name, shape, dtype, _blocks(content, shape, dtype))
         while content.read(2**20):  # to its end, where zipfile compares the checksum
             pass
-    return mapped(path, shape, dtype, _place(path, member) + start, "F" if fortran else "C")
+    return at_offset(path, shape, dtype, _place(path, member) + start, "F" if fortran else "C")
 
 
 def _place(path: Path, member: zipfile.ZipInfo) -> int:

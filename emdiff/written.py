@@ -20,7 +20,7 @@ from torch import Tensor
 
 from emdiff.errors import UsageError
 from emdiff.files import one_line
-from emdiff.rows import Index, Rows, mapped, of_npy
+from emdiff.rows import Index, Rows, at_offset, of_npy
 
 
 def temporary_name(path: Path) -> Path:
@@ -59,7 +59,7 @@ class NewArray:
             np.lib.format.write_array_header_1_0(self.file, header)
             self.offset, self.bytes = self.file.tell(), math.prod(self.shape[1:]) * self.dtype.itemsize
             self.file.truncate(self.offset + self.shape[0] * self.bytes)
-        self.rows = mapped(self.temporary, self.shape, self.dtype, self.offset)
+        self.rows = at_offset(self.temporary, self.shape, self.dtype, self.offset)
 
     def __setitem__(self, index: Index, values: Tensor) -> None:
         array = values.detach().cpu().numpy()

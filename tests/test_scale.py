@@ -8,6 +8,7 @@ import pytest
 import torch
 from exact import normal, observer, uniform
 
+from emdiff import rows
 from emdiff.errors import UsageError
 from emdiff.observations import Observations
 from emdiff.scale import Scale, estimate_scale
@@ -29,8 +30,9 @@ def scaled(name: str, std: float) -> Observer:
 
 @names
 @pytest.mark.parametrize("mean, std", [(0.0, 1.0), (1e5, 3e4), (0.2, 0.007)])
-def test_mean_and_std_of_white_data_are_recovered_in_their_own_units(name: str, mean: float, std: float) -> None:
+def test_mean_and_std_of_white_data_are_recovered_in_their_own_units(monkeypatch: pytest.MonkeyPatch, name: str, mean: float, std: float) -> None:
     """Some 12,000 observed entries or more, of noise as large as x: standard errors below 1 and .8 % of std."""
+    monkeypatch.setattr(rows, "ENTRIES", 700 * d)
     made = scaled(name, std)
     data = Observations(made.simulate(mean + std * normal(N, *S), generator(1)), made)
     got = estimate_scale(data, generator())
@@ -64,8 +66,9 @@ def test_a_noise_that_explains_all_the_variation_is_refused(name: str) -> None:
 
 
 @names
-def test_standardised_observations_are_those_of_standardised_data(name: str) -> None:
+def test_standardised_observations_are_those_of_standardised_data(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """(obs - A mean) / std = A (x - mean) / std + n / std, entry by entry, and the noise level follows."""
+    monkeypatch.setattr(rows, "ENTRIES", 7 * d)
     made, x, by = observer(name, 20, S), 5 + 3 * normal(20, *S), Scale(4.0, 2.5)
     obs = made.simulate(x, generator(1))
     n = obs - made.forward(x)
@@ -91,7 +94,7 @@ def coloured(unit: float = 1.0, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["identity", "mask", "blur", "downsample"])
 def test_channels_of_different_scale_have_a_mean_and_std_each(kind: str, unit: float) -> None:
     """Noise of a tenth of the smallest std; float32, in which 1e-9 squared and summed would lose everything."""
-    arrays = {"mask": {"mask": uniform(600, 3, 6, 5) < 0.5}, "blur": {"psf": torch.ones(1, 3, 3) / 9}}.get(kind, {})
+    arrays = {"mask": {"mask": uniform(600, 3, 6, 5, seed=3) < 0.5}, "blur": {"psf": torch.ones(1, 3, 3) / 9}}.get(kind, {})
     made = build(kind, (3, 6, 5), arrays, torch.tensor(0.002 * unit))
     obs = made.simulate(coloured(unit).float(), generator(1))
     got = estimate_scale(Observations(obs, made), generator())
@@ -109,7 +112,7 @@ def test_channels_that_are_alike_share_one_scale() -> None:
 
 @pytest.mark.parametrize("kind", ["identity", "mask", "blur"])
 def test_standardised_observations_with_channels_are_those_of_standardised_data(kind: str) -> None:
-    arrays = {"mask": {"mask": uniform(20, 3, 6, 5) < 0.5}, "blur": {"psf": normal(20, 3, 3)}}.get(kind, {})
+    arrays = {"mask": {"mask": uniform(20, 3, 6, 5, seed=3) < 0.5}, "blur": {"psf": normal(20, 3, 3)}}.get(kind, {})
     made, x = build(kind, (3, 6, 5), arrays, torch.tensor(0.1, dtype=torch.float64)), coloured()[:20]
     by = Scale(5.0, 20.0, tuple((m, s) for m, s in CHANNELS.tolist()), 2)
     torch.testing.assert_close(by.restore(by.standardise(x)), x)
