@@ -34,7 +34,8 @@ def level_features(c: Tensor) -> Tensor:
 
 CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
-LAYOUTS = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.channels_last_3d}
+LAYOUTS = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.contiguous_format}
+"""Memory formats; volumes are not channels_last_3d, in which torch 2.15's backward pass in bfloat16 on a CPU gives NaN."""
 
 
 class ResBlock(nn.Module):
@@ -103,8 +104,7 @@ class UNet(nn.Module):
         self.head = conv(widths[0], folded, 3, padding=1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        if dims > 1:
-            self.to(memory_format=LAYOUTS[dims])
+        self.to(memory_format=LAYOUTS[dims])
 
     def forward(self, z: Tensor, c: Tensor) -> Tensor:
         """z (B, *S), c (B or 1, *S or ones) -> (B, *S)."""
