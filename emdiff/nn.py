@@ -35,7 +35,7 @@ def level_features(c: Tensor) -> Tensor:
 CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 LAYOUTS = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.contiguous_format}
-"""Memory formats; volumes are not channels_last_3d, in which torch 2.15's backward pass in bfloat16 on a CPU gives NaN."""
+"""Memory formats by dimension."""
 
 
 class ResBlock(nn.Module):

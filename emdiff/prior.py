@@ -87,8 +87,9 @@ def build_network(shape: tuple[int, ...], kind: str, **options: Any) -> MDAE:
 
 
 def set_precision(denoiser: MDAE, device: str) -> MDAE:
-    """Run a convolutional backbone in bfloat16 where the hardware computes in it; returns the denoiser."""
-    conv = isinstance(denoiser.backbone, UNet)
+    """Run a convolutional backbone in bfloat16 where the hardware computes in it; returns the denoiser. Not for volumes: the backward pass of torch
+    2.15's three-dimensional convolutions in bfloat16 on a CPU was seen to give NaN."""
+    conv = isinstance(denoiser.backbone, UNet) and denoiser.backbone.dims < 3
     cpu = device == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     denoiser.bf16 = bool(conv and (cpu or (device == "cuda" and torch.cuda.is_bf16_supported())))
     return denoiser
