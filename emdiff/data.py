@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emdiff.rows import Index, Rows, evenly, spans
+from emdiff.rows import Index, Rows, evenly, small, spans
 from observers import Observer
 from observers.noises import NOISE_KEYS, noise_of
 
@@ -90,6 +90,14 @@ def batches(data: Data, most: int = 1024) -> Iterator[tuple[slice, Observations]
 def observer_name(data: Data) -> str:
     """The name of the observer."""
     return data.rows(slice(0, 1)).observer.name
+
+
+def held(data: Data) -> Data:
+    """The data in memory where they are small (`rows.small`), which spares each batch the work of reading and changing its rows; else as they are."""
+    two = data.rows(slice(0, 2))
+    tensors = [two.obs, *two.observer.noise.tensors().values(), *two.observer.arrays().values()]
+    each = sum(t.numel() * t.element_size() for t in tensors if t.ndim and t.shape[0] == 2) // 2
+    return data.rows(slice(None)) if small(len(data) * each) else data
 
 
 class Measured(NamedTuple):

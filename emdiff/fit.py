@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from emdiff.data import Data, measured
+from emdiff.data import Data, held, measured
 from emdiff.em import Draws, PairLoss, Walk, drawn, e_step, over_relaxed
 from emdiff.gaussian import condition, fit_gaussian
 from emdiff.mdae import MDAE
@@ -117,7 +117,7 @@ def run_fit(
         clock = time.perf_counter()
         run.begin(k)
         data = with_current_noise(k, given, plan, run)
-        standard = scale.view(data)
+        standard = held(scale.view(data))
         x, prior, metrics = start_round(standard, scale, plan, run, listener) if k == 0 else em_round(k, standard, scale, plan, run, listener)
         save_prior(run.round_path(k) / "prior.safetensors", prior)
         samples = fill(run.new_array(k, "samples", x.shape), x, scale.restore).commit()

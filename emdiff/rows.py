@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from emdiff.errors import UsageError
+
 Index = Tensor | slice
 
 SMALL = 2**26
@@ -156,25 +158,23 @@ def at_offset(path: Path, shape: tuple[int, ...], dtype: Any, offset: int = 0, o
         found = np.empty((max(0, last - first), *shape[1:]), dtype)
         runs = [(first, found)] if isinstance(index, slice) else zip((index % shape[0]).tolist(), found.reshape(len(found), -1))
         for start, part in runs:
-            read_at(file.fileno(), offset + start * size, part)
+            if not read_at(file.fileno(), offset + start * size, part):
+                raise UsageError(f"{path}: ends before row {start} of {shape[0]}, it was cut short while in use; copy or write it again")
         return own(found)
 
     weakref.finalize(read, file.close)
     return Rows(shape, read, dtype)
 
 
-def read_at(descriptor: int, offset: int, into: np.ndarray) -> None:
-    """Fill an array, contiguous in memory, with a file's bytes from an offset on.
-
-    Raises:
-        EOFError: The file ends before.
-    """
+def read_at(descriptor: int, offset: int, into: np.ndarray) -> bool:
+    """Fill an array, contiguous in memory, with a file's bytes from an offset on; returns whether there were enough."""
     bytes_ = memoryview(into.reshape(-1).view(np.uint8))
     while len(bytes_):
         done = os.preadv(descriptor, [bytes_], offset)
         if not done:
-            raise EOFError("the file ends before the last row")
+            return False
         offset, bytes_ = offset + done, bytes_[done:]
+    return True
 
 
 def of_dataset(dataset: Any) -> Rows:

@@ -63,8 +63,11 @@ class NewArray:
 
     def __setitem__(self, index: Index, values: Tensor) -> None:
         array = values.detach().cpu().numpy()
+        wanted = range(*index.indices(self.shape[0])) if isinstance(index, slice) else index
+        if array.shape != (len(wanted), *self.shape[1:]):
+            raise ValueError(f"rows of shape {array.shape} for {len(wanted)} rows of {self.path.name} {self.shape}")
         if isinstance(index, slice):
-            self.write(index.indices(self.shape[0])[0], array)
+            self.write(wanted.start, array)
         else:
             for i, row in zip(index.tolist(), array):
                 self.write(i, row)
@@ -86,8 +89,10 @@ class NewArray:
         return of_npy(self.path)
 
     def close(self) -> None:
-        """Give the file its name."""
+        """Hand the file to the disk and give it its name."""
         with said(self.named):
+            self.file.flush()
+            os.fsync(self.file.fileno())
             self.file.close()
             os.replace(self.temporary, self.path)
 

@@ -87,7 +87,7 @@ def test_rows_are_those_of_the_array_wherever_it_lies(tmp_path: Path, place: str
     for index in (slice(None), slice(3, 9), slice(35, 99), slice(9, 9), torch.tensor([5, 3, 39, 3, 0])):
         assert torch.equal(found[index].float(), whole[index]) and found[index].is_contiguous()
     assert torch.equal(torch.cat([found[part] for part in spans(N, 12)]).float(), whole)
-    with pytest.raises(IndexError):
+    with pytest.raises((IndexError, OSError)):
         found[torch.tensor([3, N])]
 
 
@@ -96,7 +96,7 @@ def test_rows_of_numbers_and_files_cut_short(tmp_path: Path) -> None:
     found = opened(folder(tmp_path / "a", obs=values))
     assert found[torch.tensor([7, 2])].tolist() == [7, 2] and found[5:7].tolist() == [5, 6]
     os.truncate(tmp_path / "a" / "obs.npy", 200)
-    with pytest.raises(EOFError, match="ends before"):
+    with pytest.raises(UsageError, match="obs.npy: ends before row 30 of 40"):
         found[30:]
 
 
@@ -177,12 +177,34 @@ def test_files_that_lie_are_refused_and_allocate_nothing(tmp_path: Path, case: s
     assert not list(tmp_path.glob("*.unpacked/*")), "no half-made cache is left"
 
 
+@pytest.mark.parametrize("name", ["a.npz", "a.h5"])
+def test_a_damaged_large_file_is_read_or_refused_but_never_crashes(tmp_path: Path, name: str) -> None:
+    path, draw = tmp_path / name, np.random.default_rng(0)
+    write_observations(path, masked(20)[0])
+    intact, refused = path.read_bytes(), 0
+    for _ in range(200):
+        content, start = bytearray(intact), draw.integers(len(intact))
+        content[start : start + 3] = draw.bytes(3)
+        other = tmp_path / f"other{path.suffix}"
+        other.unlink(missing_ok=True)
+        other.write_bytes(content[: draw.integers(len(content)) if draw.random() < 0.2 else None])
+        try:
+            data = open_observations(other)
+            assert len(data.rows(slice(0, 5))) == 5 and bool(data.rows(torch.tensor([len(data) - 1])).obs.isfinite().all())
+        except UsageError as error:
+            refused += 1
+            assert str(error).startswith(f"{other}: ") and "\n" not in str(error)
+    assert 40 < refused < 200
+
+
 def test_new_arrays_have_no_name_before_their_last_row(tmp_path: Path) -> None:
     path, values = tmp_path / "a.npy", normal(5, 2).float()
     new = NewArray(path, (5, 2))
     new[1:3], new[torch.tensor([4, 0])] = values[1:3], values[[4, 0]]
     assert not path.exists() and torch.equal(new[slice(None)], torch.where(torch.tensor([True, True, True, False, True])[:, None], values, 0.0))
     new[3:4] = values[3:4]
+    with pytest.raises(ValueError, match="rows of shape"):
+        new[0:3] = values[:2]
     assert torch.equal(new.commit()[:], values) and os.listdir(tmp_path) == ["a.npy"] and np.array_equal(np.load(path), values)
 
 
@@ -388,10 +410,22 @@ print(json.dumps(found))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
 def test_memory_does_not_grow_with_the_number_of_data(tmp_path: Path) -> None:
-    """Start, E-step, M-step and figures of 7,000 images of 32 x 32 more: 34 MB more of observations and 109 MB of arrays in the run folder; in memory,
-    any one of these arrays would take 27 MB. The allocator is told to hand back what is freed, so that the peak tells what is held."""
+    """Start, E-step, M-step and figures of 7,000 images of 32 x 32 more: 34 MB of observations and 109 MB of arrays in the run folder; in memory, any
+    one of these arrays would take 27 MB. The allocator is told to hand back what is freed, so that the peak tells what is held."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", GROWTH, str(tmp_path)], capture_output=True, text=True, check=True, env=environment)
     small, large = json.loads(done.stdout.splitlines()[-1]).values()
     assert large["mb"] - small["mb"] > 33 and large["made_mb"] - small["made_mb"] > 100
     assert large["peak_mb"] - small["peak_mb"] < 16, f"{small} {large}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+def test_the_scaling_benchmark_tells_slopes_and_memory(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parent.parent / "scripts/bench_scaling.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script), "--quick", "--png", str(tmp_path / "a.png")], capture_output=True, text=True, check=True, env=environment
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert 0.5 < found["slope_n"] < 1.5 and 0.5 < found["slope_pixels"] < 1.5 and (tmp_path / "a.png").stat().st_size > 5000
+    assert abs(found["memory_mb"]["1000"] - found["memory_mb"]["250"]) < 30
