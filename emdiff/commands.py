@@ -106,17 +106,22 @@ def bars(span: slice | None = None, count: int = 0) -> Callable[[str, int], Call
 
 
 def observe_command(data: Path, recipe: Recipe, noise_std: float, count: int | None, out: Path, seed: int) -> None:
-    """`emdiff observe`: in parts, each with operators and noise of its own from one stream."""
+    """`emdiff observe`: in parts, each with operators and noise of its own from one stream; what all data share is that of the first part."""
     x, generator = open_data(data, count), stream(seed, "observe")
     shape, name = tuple(x.shape[1:]), ""
 
     def parts() -> Iterator[tuple[Observations, Tensor]]:
         nonlocal name
-        shared: Observer | None = None
+        whole: Observer | None = None
+        shared: dict[str, Tensor] = {}
         for span in spans(len(x), math.prod(shape), len(x), BLOCK // 4):
             clean = x[span]
-            drawn = shared or recipe.draw(shape, len(clean), noise_std, generator)
-            shared, name = drawn if drawn.count is None and not span.start else shared, drawn.name
+            drawn = whole or recipe.draw(shape, len(clean), noise_std, generator)
+            if not span.start:
+                whole, name = drawn if drawn.count is None else None, drawn.name
+                shared = {key: array for key, array in drawn.arrays().items() if len(array) != len(clean)}
+            elif whole is None:
+                drawn = type(drawn).assemble(shape, drawn.noise, {**drawn.arrays(), **shared, **drawn.options()})
             yield Observations(drawn.simulate(clean, generator), drawn), clean
 
     write_parts(out, len(x), parts())

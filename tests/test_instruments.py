@@ -3,6 +3,7 @@ r"""Each operator is what it claims to be: against SciPy and NumPy, or in closed
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from exact import normal, uniform
 from scipy import ndimage
 from torch import Tensor
 
+from emdiff import commands
+from emdiff.observations import read_observations
 from observers import build
 from observers.compressed import hadamard
-from observers.instruments import blur, compressed, downsample, fourier, multicoil, radon
-from observers.recipes import Recipe
+from observers.instruments import blur, compose, compressed, downsample, fourier, multicoil, radon
+from observers.recipes import Recipe, mask, projection
 
 ONE = torch.tensor(0.7, dtype=torch.float64)
 SCIPY = {"circular": "wrap", "zero": "constant", "reflect": "mirror", "replicate": "nearest"}
@@ -155,6 +158,18 @@ def test_acceleration_is_the_share_of_columns_and_the_centre_is_always_sampled()
     mask = fourier(acceleration=4, centre=0.125).draw((16, 16), 200, 0.1, torch.Generator().manual_seed(0)).mask
     assert (mask.float().mean((1, 2)) == 0.25).all() and bool(mask[:, :, 7:9].all())
     assert (mask == mask[:, :1]).all() and (mask.float().mean(0)[0, [0, 3, 12]] > 0.05).all()
+
+
+def test_what_data_share_is_drawn_once_where_observations_are_made_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "BLOCK", 4 * 4 * 12)
+    np.savez(tmp_path / "clean.npz", x=normal(10, 12).float().numpy())
+    recipe = compose(projection(rows=6, shared=True), mask(keep=0.5))
+    commands.observe_command(tmp_path / "clean.npz", recipe, 1e-4, None, tmp_path / "obs.npz", 0)
+    read = read_observations(tmp_path / "obs.npz")
+    seen = read.observer.observed()
+    assert seen.shape[0] == 10 and len(read.observer.arrays()["0.matrix"]) == 1
+    expected = read.observer.forward(normal(10, 12).float())
+    torch.testing.assert_close(read.obs[seen], expected[seen], atol=1e-3, rtol=0)
 
 
 def test_recipes_refuse_what_is_out_of_range() -> None:
