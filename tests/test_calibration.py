@@ -12,7 +12,8 @@ from scipy.stats import chisquare, norm
 from torch import Tensor
 
 from emdiff import calibration as cal
-from emdiff.denoise import MixtureDenoiser, Moments
+from emdiff.denoise import Moments
+from emdiff.mixture import MixtureDenoiser
 from emdiff.em import Walk, e_step
 from emdiff.observations import Observations
 from observers import Projection

@@ -11,7 +11,8 @@ from exact import LEVELS, SIGMA, Autograd, M, covariance, matrix, measurements, 
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
-from emdiff.denoise import Denoiser, GaussianDenoiser, MixtureDenoiser
+from emdiff.denoise import Denoiser, GaussianDenoiser
+from emdiff.mixture import MixtureDenoiser
 from emdiff.mdae import MDAE, ChannelMDAE
 from emdiff.measurement import effective, pool
 from emdiff.nn import MLP, UNet

@@ -26,7 +26,8 @@ from exact import (
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from emdiff.denoise import Denoiser, GaussianDenoiser, MixtureDenoiser
+from emdiff.denoise import Denoiser, GaussianDenoiser
+from emdiff.mixture import MixtureDenoiser
 from emdiff.guidance import FusedPosterior, PosteriorDenoiser
 from observers import Observer
 

@@ -8,11 +8,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors", "streams", "settings", "meanings", "charts"},
-    {"files", "measurement", "linalg"},
+    {"files", "measurement", "linalg", "deconvolution"},
     {"archive", "denoise", "langevin", "printing"},
     {"observations"},
-    {"accumulate", "guidance", "gaussian"},
-    {"nn", "mdae", "scale", "metrics", "calibration", "features", "verdict", "start", "training"},
+    {"accumulate", "guidance", "gaussian", "mixture"},
+    {"nn", "mdae", "components", "scale", "metrics", "calibration", "features", "verdict", "start", "training"},
+    {"basewalk", "shrink"},
     {"prior", "runs"},
     {"em", "pool"},
     {"posterior"},
