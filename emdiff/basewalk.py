@@ -31,7 +31,24 @@ from emdiff.mixture import MixtureDenoiser
 FULL = 16
 """Most entries of x for which the departure's Jacobian D is formed; above, D = 0 in its moment matching."""
 
-Departure = Callable[[Tensor, float], Tensor]
+
+class Departure(NamedTuple):
+    """What a walk adds to its mixture.
+
+    Attributes:
+        at: (y (B, *S), tau) -> delta (B, *S).
+        coarsest: No departure at levels above; infinite where that is not known.
+        finest: No departure at levels below.
+    """
+
+    at: Callable[[Tensor, float], Tensor]
+    coarsest: float = torch.inf
+    finest: float = 0.0
+
+    def needed(self, taus: list[float]) -> list[float]:
+        """The levels of a walk that it has to visit: those with a departure, their neighbours, and the last; a mixture's own steps may have any length."""
+        active = [self.finest <= tau <= self.coarsest for tau in taus]
+        return [tau for i, tau in enumerate(taus) if any(active[max(i - 1, 0) : i + 2]) or i == len(taus) - 1]
 
 
 class End(NamedTuple):
@@ -72,24 +89,25 @@ def descend(
     nothing = torch.zeros(shape[0], 1, *shape[1:], dtype=dtype, device=device)
     if departure is None or start is None:
         start = target.draw(nothing, level(torch.inf), generator)
-    if departure is None:
+    taus = taus[-1:] if departure is None else departure.needed(taus)
+    if len(taus) == 1:
         y = start + taus[-1] * noise()
         return End(y, target.xhat(y[:, None], level(taus[-1])), start, taus[-1])
     tau, y = taus[0], start + taus[0] * noise()
-    delta = departure(y, tau)
+    delta = departure.at(y, tau)
     for after in taus[1:]:
         keep = (after / tau) ** 2
         x = target.draw(y[:, None], level(tau), generator) + delta
         y = keep * y + (1 - keep) * x + after * (1 - keep) ** 0.5 * noise()
-        before, delta, tau = delta, departure(y, after), after
+        before, delta, tau = delta, departure.at(y, after), after
         y = y + (1 - keep) / 2 * (delta - before)
-    delta = departure(y, tau)
+    delta = departure.at(y, tau)
     return End(y, target.xhat(y[:, None], level(tau)) + delta, target.draw(y[:, None], level(tau), generator) + delta, tau)
 
 
 def free(prior: MDAE) -> Departure | None:
     """delta of the prior itself; None where it has none."""
-    return (lambda y, tau: prior.departure(*pool(y[:, None], y.new_tensor([tau])))) if prior.departs() else None
+    return Departure(lambda y, tau: prior.departure(*pool(y[:, None], y.new_tensor([tau]))), *prior.departs_within()) if prior.departs() else None
 
 
 def fused(prior: MDAE, z: Tensor, sigma_z: Tensor) -> Departure | None:
@@ -97,11 +115,11 @@ def fused(prior: MDAE, z: Tensor, sigma_z: Tensor) -> Departure | None:
     if not prior.departs():
         return None
 
-    def departure(y: Tensor, tau: float) -> Tensor:
+    def at(y: Tensor, tau: float) -> Tensor:
         levels = torch.stack([torch.full_like(z, tau), sigma_z.expand(z.shape)], dim=1)
         return prior.departure(*pool(torch.stack([y, z], dim=1), levels))
 
-    return departure
+    return Departure(at, finest=prior.departs_within()[1])
 
 
 def guided(prior: MDAE, data: Whitened) -> Departure | None:
@@ -109,7 +127,7 @@ def guided(prior: MDAE, data: Whitened) -> Departure | None:
     if not prior.departs():
         return None
 
-    def departure(y: Tensor, tau: float) -> Tensor:
+    def at(y: Tensor, tau: float) -> Tensor:
         xhat, V0 = prior.base.covariance(y[:, None], y.new_tensor([tau]))
         delta, D = linearised(prior, y, tau)
         V = V0.double() if D is None else positive(V0.double() + tau**2 * D.double())
@@ -117,7 +135,7 @@ def guided(prior: MDAE, data: Whitened) -> Departure | None:
         with_it, without = matched(flat + delta.double(), V, data), matched(flat, V0.double(), data)
         return (with_it - without).reshape(y.shape).to(y.dtype)
 
-    return departure
+    return Departure(at, *prior.departs_within())
 
 
 def linearised(prior: MDAE, y: Tensor, tau: float) -> tuple[Tensor, Tensor | None]:

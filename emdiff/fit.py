@@ -197,8 +197,8 @@ def em_round(k: int, data: Observations, scale: Scale, plan: Plan, run: Run, lis
     else:
         bar = listener.phase(f"round {k}: E-step", len(data))
         walk = walk._replace(tau_last=walk.tau_relax) if relax else walk
-        chains, bound = None if based else run.array(k - 1, "chains"), run.metrics(0)["bound"]
-        if walk.pool and not based:
+        chains, bound = run.array(k - 1, "chains") if k > 1 else None, run.metrics(0)["bound"]
+        if walk.pool and not (based and not prior.denoiser.departs()):
             chains = restart(prior, data, chains, walk.pool, walk.tau_first, stream(plan.seed, "pool", k, device=plan.device))
         draws = e_step(prior.denoiser, data, chains, walk, stream(plan.seed, "e-step", k, device=plan.device), bound, bar, plan.walk.tau_last)
         draws = over_relaxed(draws) if relax else draws

@@ -77,6 +77,12 @@ class MDAE(Denoiser):
         """Whether the prior differs from its base."""
         return bool((self.keep > 0).any())
 
+    def departs_within(self) -> tuple[float, float]:
+        """The coarsest and the finest level between which the prior may differ from its base, where it does."""
+        some = (self.keep > 0).nonzero()[:, 0]
+        level = lambda knot: torch.expm1(torch.tensor(2 * knot * TOP / (KNOTS - 1))).rsqrt().item()  # noqa: E731
+        return level(max(int(some[0]) - 1, 0)), level(int(some[-1]) + 1) if some[-1] < KNOTS - 1 else 0.0
+
     def departure(self, ybar: Tensor, p: Tensor) -> Tensor:
         """What is added to the base's estimate, (B, *S), for ybar (B, *S) of precision p."""
         return kept(self.keep, p) * self.untempered(ybar, p)

@@ -24,6 +24,10 @@ from emdiff.denoise import Denoiser, Moments
 from emdiff.measurement import pool
 
 
+LEAST = 1e-6
+"""Probability below which components of a posterior are left out."""
+
+
 class MixtureDenoiser(Denoiser):
     """The Bayes estimator of x ~ sum_j w_j N(mu_j, S_j), vectors of d entries in any shape.
 
@@ -94,14 +98,23 @@ class MixtureDenoiser(Denoiser):
     def given(self, data: Whitened) -> MixtureDenoiser:
         """The denoiser of p(x | obs) for each observation of a batch, a mixture of its own for each datum, in the dtype of this one.
 
-        Computed in float64. Where all data share one operator they share the covariances."""
+        Computed in float64. Where all data share one operator they share the covariances. Components are left out that together have a probability
+        below LEAST for every datum of the batch, where data have operators of their own.
+        """
         model = self.model()
         t = terms(model, data)
-        SA = model.covs @ t.LA.mT
-        means, covs = model.means + (model.covs @ t.g[..., None])[..., 0], model.covs - SA @ SA.mT
-        dtype = self.means.dtype
-        made = MixtureDenoiser(t.log_p.softmax(1), means, covs[0] if len(covs) == 1 else covs)
-        return made.to(dtype)
+        r = t.log_p.softmax(1)
+        if len(t.LA) == 1:
+            SA = model.covs @ t.LA[0].mT
+            made = MixtureDenoiser(r, model.means + (model.covs @ t.g[..., None])[..., 0], model.covs - SA @ SA.mT)
+        else:
+            r, j = r.sort(1, descending=True)
+            few = 1 + int((r.cumsum(1) < 1 - LEAST).sum(1).max().clamp(max=r.shape[1] - 1))
+            j, rows = j[:, :few], torch.arange(len(r), device=r.device)[:, None]
+            S, g = model.covs[j], t.g[rows, j]
+            SA = S @ t.LA[rows, j].mT
+            made = MixtureDenoiser(r[:, :few] / r[:, :few].sum(1, keepdim=True), model.means[j] + (S @ g[..., None])[..., 0], S - SA @ SA.mT)
+        return made.to(self.means.dtype)
 
     def _parts(self, ybar: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """r (B, J), E[x | y, j] (B, J, d) and the spectra of V[x | y, j] (B or 1, J, d), for ybar (B, d) of precision p (B or 1, 1)."""

@@ -158,7 +158,7 @@ def sample_prior(
     taus = levels(TAU_FIRST, prior.tau_last, count_levels)
     for i in range(0, count, batch):
         shape = (min(batch, count - i), *prior.shape)
-        if prior.denoiser.base is not None:
+        if isinstance(prior.denoiser, MDAE) and prior.denoiser.base is not None:
             end = descend(prior.denoiser.base, free(prior.denoiser), shape, taus, generator)
             done.append(prior.scale.restore(end.x).cpu())
             progress(i + shape[0])

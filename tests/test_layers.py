@@ -8,10 +8,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors", "streams", "settings", "meanings", "charts"},
-    {"files", "measurement", "linalg", "deconvolution"},
+    {"files", "measurement", "linalg"},
     {"archive", "denoise", "langevin", "printing"},
     {"observations"},
-    {"accumulate", "guidance", "gaussian", "mixture"},
+    {"accumulate", "guidance", "gaussian", "deconvolution"},
+    {"mixture"},
     {"nn", "mdae", "components", "scale", "metrics", "calibration", "features", "verdict", "start", "training"},
     {"basewalk", "shrink"},
     {"prior", "runs"},
