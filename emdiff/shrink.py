@@ -6,7 +6,7 @@ With residuals e = x - D0(y) of the base on held-out pairs and delta the departu
 
 near knot k of `MDAE.keep`, b_k its hat function. Pairs of one datum are one draw of (u_i, v_i) = (sum w e delta, sum w delta^2), so a = sum u / sum v has
 standard error s = (sum (u - a v)^2)^(1/2) / sum v. What is kept is a (1 - (2 s / a)^2), within [0, 1], and nothing for a below two standard errors:
-the positive-part rule of James & Stein with a threshold that a network which has learned nothing passes in one case of forty. As p(x, y | obs) is the current
+the positive-part rule of James & Stein with a threshold that a network which has learned nothing passes at one of its 13 knots in one round of fifty. As p(x, y | obs) is the current
 prior's, the regression on held-out observations is that of the population, and a tends to 1 where the network is the exact EM update.
 
 Source: Estimation with quadratic loss (James & Stein 1961).
@@ -24,6 +24,9 @@ from emdiff.measurement import pool
 
 REPEATS = 32
 """Levels drawn for each held-out pair."""
+
+ERRORS = 3.0
+"""Standard errors that a share has to exceed."""
 
 Inputs = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor, Tensor]]
 
@@ -64,7 +67,7 @@ def keep(denoiser: MDAE, inputs: Inputs, index: Tensor, generator: torch.Generat
     known = total > 1e-6 * total.max().clamp(min=1e-30)
     a = u.sum(0) / total.clamp(min=1e-30)
     s = (u - a * v).square().sum(0).sqrt() / total.clamp(min=1e-30)
-    kept = torch.where(a > 2 * s, a * (1 - (2 * s / a).square()), 0.0).clamp(0, 1)
+    kept = torch.where(a > ERRORS * s, a * (1 - (ERRORS * s / a).square()), 0.0).clamp(0, 1)
     return spread(kept, known).float()
 
 
