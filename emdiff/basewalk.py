@@ -1,8 +1,8 @@
 r"""Walks under a prior that is a mixture of Gaussians and a learned departure from it: E[x | y] = D0(y) + delta(y) (mdae).
 
-The mixture's part needs no approximation: given obs it is a mixture of each datum's own (mixture.given), from which x | y, obs is drawn exactly. A step
-appends a measurement of such a draw, shifted by the departure, instead of one of the jump (accumulate), so that for delta = 0 every level has exactly
-the law it should have, whatever the number of levels. What the departure adds to V is returned to second order as there, by half of its change:
+The mixture's part needs no approximation: given obs it is a mixture of each datum's own (mixture.given), from which x | y, obs is drawn exactly. A
+step appends a measurement of such a draw, shifted by the departure, instead of one of the jump (accumulate), so that for delta = 0 every level has
+exactly the law it should have, whatever the number of levels. What the departure adds to V is returned to second order as there, by half of its change:
 
     x = draw of the mixture given y, obs,  + delta(y, obs)
     ybar' = (tau'/tau)^2 ybar + (1 - (tau'/tau)^2) x + tau' (1 - (tau'/tau)^2)^(1/2) eps,     then + (1 - (tau'/tau)^2) (delta' - delta) / 2.
@@ -46,7 +46,7 @@ class Departure(NamedTuple):
     finest: float = 0.0
 
     def needed(self, taus: list[float]) -> list[float]:
-        """The levels of a walk that it has to visit: those with a departure, their neighbours, and the last; a mixture's own steps may have any length."""
+        """The levels that a walk has to visit: those with a departure, their neighbours, and the last; a mixture's own steps may have any length."""
         active = [self.finest <= tau <= self.coarsest for tau in taus]
         return [tau for i, tau in enumerate(taus) if any(active[max(i - 1, 0) : i + 2]) or i == len(taus) - 1]
 
@@ -68,7 +68,12 @@ class End(NamedTuple):
 
 
 def descend(
-    target: MixtureDenoiser, departure: Departure | None, shape: tuple[int, ...], taus: list[float], generator: torch.Generator, start: Tensor | None = None
+    target: MixtureDenoiser,
+    departure: Departure | None,
+    shape: tuple[int, ...],
+    taus: list[float],
+    generator: torch.Generator,
+    start: Tensor | None = None,
 ) -> End:
     """Walk down the levels taus.
 

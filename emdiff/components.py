@@ -1,12 +1,13 @@
 r"""The mixture start: how many Gaussians the observations can tell apart, and an average of fits that leaves no single local optimum to trust.
 
-From one Gaussian on, components are doubled by splitting and fitted again (deconvolution), on four fifths of the observations; the likelihood of the last
-fifth, in closed form, says where to stop. One Gaussian is kept unless more of them are better by more than a standard error of the
-difference, and is then fitted to all observations until the likelihood stands still: the maximum-likelihood estimate.
+From one Gaussian on, components are doubled by splitting and fitted again (deconvolution), on four fifths of the observations; the likelihood of the
+last fifth, in closed form, says where to stop. One Gaussian is kept unless more of them are better by more than a standard error of the difference,
+and is then fitted to all observations until the likelihood stands still: the maximum-likelihood estimate. (Where x has many entries and operators
+differ from datum to datum, a budget of work ends the fits before that.)
 
-Several Gaussians are fitted MEMBERS times to all observations from starts of their own and averaged. A mixture of mixtures is a mixture; by Jensen's inequality its
-log-likelihood is at least the members' mean, on observations that no fit has seen too, and where components meet, the members disagree. The fits
-end after STEPS E-steps: on data whose truth is no mixture, further ones fit the noise (docs/exact.md).
+Several Gaussians are fitted up to MEMBERS times to all observations from starts of their own and averaged. A mixture of mixtures is a mixture; by
+Jensen's inequality its log-likelihood is at least the members' mean, on observations that no fit has seen too. The fits end after STEPS E-steps: on
+data whose truth is no mixture, further ones fit the noise (docs/exact.md).
 
 Sources: Extreme deconvolution (Bovy, Hogg & Roweis 2011); Bagging predictors (Breiman 1996) for the average.
 """
@@ -18,7 +19,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
 
 from emdiff.deconvolution import Mixture, Whitened, expect, fit, split, whitened
 from emdiff.mixture import MixtureDenoiser
@@ -38,8 +38,8 @@ MEMBERS = 8
 STEPS = 40
 """E-steps of a fit with several components."""
 
-WORK = 4e9
-"""Multiplications of an E-step beyond which components are not doubled."""
+WORK = 1e10
+"""Multiplications that a fit of several components may take, some ten seconds of a processor core; one Gaussian may take three times as many."""
 
 
 class Start(NamedTuple):
@@ -77,9 +77,9 @@ def fit_mixture(data: Observations, generator: torch.Generator, progress: Callab
     best, held_out = choose(seen, floor, progress)
     J = len(best.weights)
     if J == 1:
-        done = fit(best, seen, floor, 1000, 1e-10)
+        done = fit(best, seen, floor, steps(seen, 1, 3 * WORK, 300), 1e-10)
         return Start(denoiser(done.mixture), 1, 1, held_out, done.iterations)
-    members = max(1, min(MEMBERS, COMPONENTS // J))
+    members = max(1, min(MEMBERS, COMPONENTS // J, int(2 * WORK / (STEPS * work(seen, J)))))
     if members == 1:
         done = fit(best, seen, floor, STEPS)
         return Start(denoiser(done.mixture), J, 1, held_out, done.iterations)
@@ -104,7 +104,7 @@ def choose(data: Whitened, floor: float, progress: Callable[[int], None] = lambd
     best = one = None
     found: dict[int, float] = {}
     while True:
-        model = fit(model, seen, floor, STEPS).mixture
+        model = fit(model, seen, floor, steps(seen, len(model.weights), WORK, STEPS)).mixture
         J, value = len(model.weights), expect(model, other).log_likelihood
         found[J] = float(value.mean())
         progress(len(found))
@@ -114,7 +114,7 @@ def choose(data: Whitened, floor: float, progress: Callable[[int], None] = lambd
             best = model
         elif found[J] < found[max(J // 2, 1)]:
             return best, found
-        if 2 * J > COMPONENTS or work(seen, 2 * J) > WORK or cut < 20 * J * d:
+        if 2 * J > COMPONENTS or STEPS * work(seen, 2 * J) > WORK or cut < 20 * J * d:
             return best, found
         model = split(model, floor)
 
@@ -123,6 +123,11 @@ def work(data: Whitened, components: int) -> float:
     """Multiplications of an E-step."""
     operators, m, d = data.A.shape
     return components * m * d * (operators * (m + d) + len(data.obs))
+
+
+def steps(data: Whitened, components: int, budget: float, most: int) -> int:
+    """E-steps that a budget of multiplications allows, from 10 to `most`."""
+    return int(min(most, max(10, budget / work(data, components))))
 
 
 def least_variance(data: Whitened) -> float:

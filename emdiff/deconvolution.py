@@ -4,14 +4,14 @@ obs_i = A_i x_i + n_i,  x ~ sum_j w_j N(mu_j, S_j). Observations are whitened fi
 
     C_ij = I + A_i S_j A_i^T,   g_ij = A_i^T C_ij^-1 (obs_i - A_i mu_j),   r_ij prop. to w_j N(obs_i; A_i mu_j, C_ij),
 
-are all that is needed: E[x | obs_i, j] = mu_j + S_j g_ij and V[x | obs_i, j] = S_j - S_j A_i^T C_ij^-1 A_i S_j. With N_j = sum_i r_ij, h_j = sum_i r_ij g_ij,
-and Q_j = sum_i r_ij (g_ij g_ij^T - A_i^T C_ij^-1 A_i), one iteration of expectation maximisation is
+are all that is needed: E[x | obs_i, j] = mu_j + S_j g_ij and V[x | obs_i, j] = S_j - S_j A_i^T C_ij^-1 A_i S_j. With N_j = sum_i r_ij,
+h_j = sum_i r_ij g_ij and Q_j = sum_i r_ij (g_ij g_ij^T - A_i^T C_ij^-1 A_i), one iteration of expectation maximisation is
 
     w_j <- N_j / N,     mu_j <- mu_j + S_j h_j / N_j,     S_j <- S_j + S_j (Q_j / N_j - h_j h_j^T / N_j^2) S_j.
 
-Eigenvalues of S_j do not fall below a floor far below what the noise leaves visible; with the floor, clipping them is the exact M-step. EM is slow along
-directions that the noise hides, so its steps are extrapolated (SQUAREM) on (log w, mu, log-Cholesky factor of S), where every point is a mixture;
-an extrapolation that lowers the likelihood is halved towards the plain step, so that the likelihood never falls.
+Eigenvalues of S_j do not fall below a floor far below what the noise leaves visible; clipping them there is the exact M-step under that bound. EM is
+slow along directions that the noise hides, so its steps are extrapolated (SQUAREM) on (log w, mu, log-Cholesky factor of S), where every point is a
+mixture; an extrapolation that lowers the likelihood is halved towards the plain step, so that the likelihood never falls.
 
 Sources: Extreme deconvolution (Bovy, Hogg & Roweis 2011); Simple and globally convergent methods for accelerating the convergence of any EM
 algorithm (Varadhan & Roland 2008), scheme S3.

@@ -169,7 +169,7 @@ def walk_batch(
 
 
 def walk_from_base(prior: MDAE, data: Observations, chains: Tensor | None, walk: Walk, taus: list[float], generator: torch.Generator) -> Draws:
-    """Sample x | obs for a batch under a prior with a base (basewalk); fused walks start from TAU_FIRST, where the base knows all there is to know."""
+    """Sample x | obs for a batch under a prior with a base (basewalk); fused walks start from TAU_FIRST, where the base knows all there is."""
     seen = whitened(data)
     target, departs = prior.base.given(seen), prior.departs()
     if walk.guidance == "fused":

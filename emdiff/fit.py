@@ -217,7 +217,8 @@ def em_round(k: int, data: Observations, scale: Scale, plan: Plan, run: Run, lis
     seed = stream_seed(plan.seed, "m-step", k)
     trained = train(prior.denoiser, loss, count, steps, plan.batch, plan.rate, seed, device=plan.device, progress=bar)
     if based:
-        trained.denoiser.keep = keep(trained.denoiser, loss.inputs, torch.arange(count, len(pairs.x)), stream(plan.seed, "keep", k, device=plan.device))
+        held_out, draw = torch.arange(count, len(pairs.x)), stream(plan.seed, "keep", k, device=plan.device)
+        trained.denoiser.keep = keep(trained.denoiser, loss.inputs, held_out, draw)
     metrics = {
         "over_relaxed": bool(relax),
         "loss": trained.loss,

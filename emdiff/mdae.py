@@ -14,9 +14,9 @@ others before any non-linearity could tell them apart (docs/method.md, Levels pe
 spread = 1 is the paper's choice, with k = p/(1+p) and (1+p)^(-1/2) before F. A smaller spread, the std of an entry given its surroundings rather than
 its marginal std, passes less noise for F to cancel at coarse levels (docs/method.md, The start).
 
-With a base, for vectors: xhat = D0(ybar, tau) + keep(c) (1+p)^(-1/2) F(z, c), D0 the exact denoiser of a mixture of Gaussians that was fitted to the
-observations (mixture, deconvolution). F is 0 at first, so learning starts at that mixture and finds only the departure from it; keep, piecewise linear
-in c, is the share of F that data held out from its training confirm (shrinkage). A prior with keep = 0 is the mixture.
+With a base, for vectors: xhat = D0(ybar, tau) + keep(c) (1+p)^(-1/2) F(z, c), D0 the exact denoiser of a mixture of Gaussians that was fitted to
+the observations (mixture, components). F is 0 at first, so learning starts at that mixture and finds only the departure from it; keep, piecewise
+linear in c, is the share of F that data held out from its training confirm (shrink). A prior with keep = 0 is the mixture.
 
 ChannelMDAE: the network of the paper, which sees all M measurements of one fixed set of levels and has M outputs (eq. 18-20).
 
@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from emdiff.denoise import Denoiser, Moments
 from emdiff.measurement import align, effective, pool
 from emdiff.mixture import MixtureDenoiser
-
 
 KNOTS = 13
 """Levels, evenly spaced in c, at which `keep` is known."""

@@ -5,8 +5,8 @@ x ~ sum_j w_j N(mu_j, S_j), S_j = U_j diag(s_j) U_j^T. Measured with precision p
     r_j  prop. to  w_j prod_e (1 + s_je p)^(-1/2) exp(-p a_j^T (1 + s_j p)^-1 a_j / 2),     a_j = U_j^T (ybar - mu_j)
     E[x | y, j] = mu_j + U_j s_j p (1 + s_j p)^-1 a_j,       V[x | y, j] = U_j s_j (1 + s_j p)^-1 U_j^T,
 
-sums and quotients that neither a tiny nor a huge tau harms. Where precisions differ between entries the measurement is an observation with A = diag(p)^(1/2)
-and unit noise, and the terms of extreme deconvolution (`deconvolution.terms`) serve, in float64.
+sums and quotients that neither a tiny nor a huge tau harms. Where precisions differ between entries the measurement is an observation with
+A = diag(p)^(1/2) and unit noise, and the terms of extreme deconvolution (`deconvolution.terms`) serve, in float64.
 
 Given an observation through any linear operator the posterior p(x | obs) is a mixture with means, covariances and weights of its own for each datum:
 `given` makes its denoiser. Guidance and first samples are exact, with no walk.
@@ -22,7 +22,6 @@ from torch import Tensor
 from emdiff.deconvolution import Mixture, Whitened, terms
 from emdiff.denoise import Denoiser, Moments
 from emdiff.measurement import pool
-
 
 LEAST = 1e-6
 """Probability below which components of a posterior are left out."""

@@ -4,10 +4,11 @@ With residuals e = x - D0(y) of the base on held-out pairs and delta the departu
 
     a = sum w e delta / sum w delta^2,       w = (1 + 1/tau^2) b_k(tau)
 
-near knot k of `MDAE.keep`, b_k its hat function. Pairs of one datum are one draw of (u_i, v_i) = (sum w e delta, sum w delta^2), so a = sum u / sum v has
-standard error s = (sum (u - a v)^2)^(1/2) / sum v. What is kept is a (1 - (2 s / a)^2), within [0, 1], and nothing for a below two standard errors:
-the positive-part rule of James & Stein with a threshold that a network which has learned nothing passes at one of its 13 knots in one round of fifty. As p(x, y | obs) is the current
-prior's, the regression on held-out observations is that of the population, and a tends to 1 where the network is the exact EM update.
+near knot k of `MDAE.keep`, b_k its hat function. Pairs of one datum are one draw of (u_i, v_i) = (sum w e delta, sum w delta^2), so a = sum u / sum v
+has standard error s = (sum (u - a v)^2)^(1/2) / sum v. What is kept is a (1 - (3 s / a)^2), within [0, 1], and nothing for a below three standard
+errors: the positive-part rule of James & Stein with a threshold that a network which has learned nothing passes at one of its 13 knots in about one
+round of fifty. As p(x, y | obs) is the current prior's, the regression on held-out observations is that of the population, and a tends to 1 where the
+network is the exact EM update.
 
 Source: Estimation with quadratic loss (James & Stein 1961).
 """
@@ -48,7 +49,7 @@ def keep(denoiser: MDAE, inputs: Inputs, index: Tensor, generator: torch.Generat
         generator: Source of randomness, on the device of the denoiser.
 
     Returns:
-        Shares in [0, 1], shape (KNOTS,); a knot near which no level was drawn takes that of the next finer one that has some, else of the next coarser.
+        Shares in [0, 1], shape (KNOTS,); a knot near which no level was drawn takes that of the next finer one that has some, else the coarser one's.
     """
     parts = []
     for some in index.split(1024):

@@ -76,9 +76,10 @@ def choose_start(data: Observations, wanted: str = "auto") -> Choice:
         ValueError: if self-supervision is wanted where it has no objective, or a mixture of data that are no short vectors.
     """
     if wanted == "mixture" and not is_vector(data.shape):
-        raise ValueError(f"--start mixture is for vectors of at most {DENSE} entries, not for data of shape {data.shape}; use --start gaussian or auto")
+        raise ValueError(f"--start mixture is for vectors of at most {DENSE} entries, not for shape {data.shape}; use --start gaussian or auto")
     if wanted == "auto" and is_vector(data.shape):
-        return Choice("mixture", f"vectors of at most {DENSE} entries: a mixture of Gaussians by maximum likelihood, from which the network departs")
+        reason = f"vectors of at most {DENSE} entries: a mixture of Gaussians by maximum likelihood, from which the network departs"
+        return Choice("mixture", reason)
     possible, reason = _self_supervision(data)
     if wanted == "self-supervised" and not possible:
         raise ValueError(f"--start self-supervised has no objective here: {reason}; use --start gaussian or auto")

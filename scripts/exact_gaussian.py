@@ -113,7 +113,7 @@ def compare(data: Observations, models: dict[str, Moments], truth: Moments) -> d
 
 def fit(folder: Path, seed: int, quick: bool) -> dict[str, Any]:
     """The command on one data set: the moments of its start, of its prior samples, and of the clean data against the MLE's."""
-    count, iters = (1000, 1) if quick else (8192, 4)
+    count, iters = (1000, 1) if quick else (8192, 2)
     data, x, truth = problem(count, seed)
     file, out = folder / f"gaussian-{count}-{seed}.npz", folder / f"gaussian-{count}-{seed}"
     write_observations(file, data, x)

@@ -106,7 +106,7 @@ def cached(file: Path, obs: np.ndarray, R: np.ndarray, count: int, seed: int, co
 
 def compare(name: str, folder: Path, seed: int, quick: bool, components: tuple[int, ...]) -> dict[str, Any]:
     """emdiff by its command, XD with the number of components chosen from `components`, and true points on one data set."""
-    count, iters, draws = (500, 1, 1000) if quick else (4096, 4, 8192)
+    count, iters, draws = (500, 1, 1000) if quick else (4096, 2, 8192)
     x, R = points(name, 2 * count, seed), noise(2 * count, seed)
     obs = x + np.einsum("nij,nj->ni", np.linalg.cholesky(R), np.random.default_rng([seed, 99]).normal(size=x.shape))
     file, out = folder / f"{name}-{count}-{seed}.npz", folder / f"{name}-{count}-{seed}"

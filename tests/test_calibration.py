@@ -13,8 +13,8 @@ from torch import Tensor
 
 from emdiff import calibration as cal
 from emdiff.denoise import Moments
-from emdiff.mixture import MixtureDenoiser
 from emdiff.em import Walk, e_step
+from emdiff.mixture import MixtureDenoiser
 from emdiff.observations import Observations
 from observers import Projection
 

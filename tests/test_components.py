@@ -17,8 +17,8 @@ from emdiff.cli import main  # noqa: E402
 from emdiff.components import average, choose, fit_mixture, least_variance, scattered, work  # noqa: E402
 from emdiff.deconvolution import Mixture, Whitened, expect, whitened  # noqa: E402
 from emdiff.observations import Observations, write_observations  # noqa: E402
-from emdiff.start import choose_start, is_vector  # noqa: E402
 from emdiff.prior import load_prior, sample_prior  # noqa: E402
+from emdiff.start import choose_start, is_vector  # noqa: E402
 from observers import Identity, Projection  # noqa: E402
 
 

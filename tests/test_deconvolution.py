@@ -68,12 +68,12 @@ def test_the_gaussian_of_one_component_is_the_maximum_likelihood_estimate_in_few
     data, x, truth = problem(1500, 1, torch.float64)
     matrix = normal(1500, 2, DIM, seed=5)
     made = Projection((DIM,), torch.tensor(0.3, dtype=torch.float64), matrix / matrix.norm(dim=-1, keepdim=True))
-    for data in (data, Observations(made.simulate(x, torch.Generator().manual_seed(1)), made)):
+    for seen in (data, Observations(made.simulate(x, torch.Generator().manual_seed(1)), made)):
         one = Mixture(torch.ones(1).double(), torch.zeros(1, DIM).double(), torch.eye(DIM).double()[None])
-        found = fit(one, whitened(data), 1e-8, 300, 1e-11)
-        mle = maximum_likelihood(data)
-        best = log_likelihood(data, mle)
-        gap = (best - log_likelihood(data, Moments(found.mixture.means[0], found.mixture.covs[0]))) / (best - log_likelihood(data, truth))
+        found = fit(one, whitened(seen), 1e-8, 300, 1e-11)
+        mle = maximum_likelihood(seen)
+        best = log_likelihood(seen, mle)
+        gap = (best - log_likelihood(seen, Moments(found.mixture.means[0], found.mixture.covs[0]))) / (best - log_likelihood(seen, truth))
         assert found.iterations < 150
         assert -1e-6 < gap < 1e-3
         torch.testing.assert_close(found.mixture.covs[0], mle.cov, rtol=0, atol=2e-3)
@@ -84,7 +84,8 @@ def two_clouds(count: int) -> Whitened:
     g = torch.Generator().manual_seed(3)
     draw = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)  # noqa: E731
     left = torch.rand(count, generator=g) < 0.4
-    x = torch.where(left[:, None], torch.tensor([-1.0, 0.0]) + 0.3 * draw(count, 2), torch.tensor([1.0, 0.5]) + draw(count, 2) * torch.tensor([0.2, 0.6]))
+    right = torch.tensor([1.0, 0.5]) + draw(count, 2) * torch.tensor([0.2, 0.6])
+    x = torch.where(left[:, None], torch.tensor([-1.0, 0.0]) + 0.3 * draw(count, 2), right)
     A = draw(count, 2, 2) / 0.3
     return Whitened(A, (A @ x[..., None])[..., 0] + draw(count, 2), torch.zeros(count, dtype=torch.float64))
 

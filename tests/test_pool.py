@@ -10,8 +10,8 @@ from exact import covariance, normal, observer, uniform
 from torch import Tensor
 
 from emdiff.denoise import GaussianDenoiser
-from emdiff.mixture import MixtureDenoiser
 from emdiff.em import Walk, e_step
+from emdiff.mixture import MixtureDenoiser
 from emdiff.observations import Observations
 from emdiff.pool import LEAST, applies, choose, distances, noise, restart
 from emdiff.prior import Prior
