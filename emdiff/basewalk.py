@@ -2,7 +2,7 @@ r"""Walks under a prior that is a mixture of Gaussians and a learned departure f
 
 The mixture's part needs no approximation: given obs it is a mixture of each datum's own (mixture.given), from which x | y, obs is drawn exactly. A
 step appends a measurement of such a draw, shifted by the departure, instead of one of the jump (accumulate), so that for delta = 0 every level has
-exactly the law it should have, whatever the number of levels. What the departure adds to V is returned to second order as there, by half of its change:
+exactly the law it should have, for any number of levels. What the departure adds to V is returned to second order as there, by half of its change:
 
     x = draw of the mixture given y, obs,  + delta(y, obs)
     ybar' = (tau'/tau)^2 ybar + (1 - (tau'/tau)^2) x + tau' (1 - (tau'/tau)^2)^(1/2) eps,     then + (1 - (tau'/tau)^2) (delta' - delta) / 2.
