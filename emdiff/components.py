@@ -24,7 +24,7 @@ from emdiff.deconvolution import Mixture, Whitened, expect, fit, split, whitened
 from emdiff.mixture import MixtureDenoiser
 
 if TYPE_CHECKING:
-    from emdiff.observations import Observations
+    from emdiff.data import Data
 
 MOST = 16384
 """Observations that the start looks at."""
@@ -60,7 +60,7 @@ class Start(NamedTuple):
     iterations: int
 
 
-def fit_mixture(data: Observations, generator: torch.Generator, progress: Callable[[int], None] = lambda done: None) -> Start:
+def fit_mixture(data: Data, generator: torch.Generator, progress: Callable[[int], None] = lambda done: None) -> Start:
     """Fit a mixture of Gaussians to observations of standardised vectors.
 
     Args:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from emdiff.observations import Observations
+    from emdiff.data import Observations
 
 PAIRS = 2**21
 """Numbers in the largest array of an E-step."""

@@ -25,10 +25,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from emdiff.data import Data, Observations
 from emdiff.denoise import Denoiser
 from emdiff.gaussian import DENSE
 from emdiff.linalg import lanczos_sqrt
-from emdiff.observations import Observations
 
 LANCZOS = 8
 """Products for V^(1/2)."""
@@ -62,7 +62,7 @@ class Recorrupted(NamedTuple):
     weight: Tensor
 
 
-def choose_start(data: Observations, wanted: str = "auto") -> Choice:
+def choose_start(data: Data, wanted: str = "auto") -> Choice:
     """Decide between the starts.
 
     Args:
@@ -93,11 +93,12 @@ def is_vector(shape: tuple[int, ...]) -> bool:
     return math.prod(shape) <= DENSE and (len(shape) == 1 or min(shape[-2:]) < 8)
 
 
-def _self_supervision(data: Observations) -> tuple[bool, str]:
+def _self_supervision(data: Data) -> tuple[bool, str]:
     """Whether E[x | z] can be learned from other parts of the observations, and why."""
-    direct = data.rows(slice(0, 64)).observer.as_measurement(data.obs[:64])
+    some = data.rows(slice(0, 64))
+    direct = some.observer.as_measurement(some.obs)
     if direct is None:
-        return False, f"observer {data.observer.name} mixes the entries of x, so no part of an observation predicts another"
+        return False, f"observer {some.observer.name} mixes the entries of x, so no part of an observation predicts another"
     observed = direct[1].isfinite()
     if bool(observed.all()):
         return True, "every entry is observed with noise: recorrupted observations predict each other"
