@@ -9,12 +9,12 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors", "streams", "settings", "meanings", "charts"},
     {"files", "rows", "measurement", "linalg"},
-    {"archive", "written", "data", "denoise", "langevin", "printing"},
+    {"archive", "written", "data", "denoise", "langevin", "printing", "parameters"},
     {"stored"},
     {"observations"},
     {"accumulate", "guidance", "gaussian", "deconvolution"},
     {"mixture"},
-    {"nn", "mdae", "components", "scale", "metrics", "calibration", "features", "verdict", "start", "training"},
+    {"nn", "mdae", "components", "scale", "noise", "identify", "metrics", "calibration", "features", "verdict", "start", "training"},
     {"basewalk", "shrink"},
     {"prior", "runs"},
     {"em", "pool"},
@@ -23,7 +23,7 @@ LAYERS = [
     {"track", "evaluate", "strips"},
     {"evidence"},
     {"report", "plan"},
-    {"commands"},
+    {"commands", "check"},
     {"cli"},
 ]
 ONCE = {"pytorch_lightning": "training", "matplotlib": "figures", "wandb": "track"}
