@@ -13,6 +13,7 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
+from emdiff.console import Bars
 from emdiff.errors import UsageError
 from emdiff.evaluate import Evaluation, Task, drifts, evaluate, ratios, write_evaluation
 from emdiff.features import feature_module
@@ -21,9 +22,9 @@ from emdiff.files import write_arrays
 from emdiff.fit import run_fit
 from emdiff.metrics import residual_chi2, truth_figures
 from emdiff.observations import Observations, read_data, read_observations, read_truth
-from emdiff.plan import Config, default_name, make_plan, print_plan, resolve_device, resolved_config
+from emdiff.plan import Config, default_name, make_plan, print_plan, read_init_prior, resolve_device, resolved_config
 from emdiff.posterior import check_shape, run_walk, sample_posterior
-from emdiff.prior import load_prior, sample_prior
+from emdiff.prior import check_any_level, load_prior
 from emdiff.report import write_report
 from emdiff.runs import Run, latest_prior, round_metrics, round_of, versions
 from emdiff.scale import estimate_scale
@@ -31,7 +32,7 @@ from emdiff.streams import stream
 from emdiff.track import Tracker
 
 
-class Console:
+class Console(Bars):
     """Progress bars that name the phase and the time left, and a line per round; pictures and W&B at the end of each round.
 
     Args:
@@ -41,20 +42,8 @@ class Console:
     """
 
     def __init__(self, run: Run, tracker: Tracker, fixed: dict[str, Tensor]) -> None:
-        self.run, self.tracker, self.fixed, self.bar = run, tracker, fixed, None
-
-    def phase(self, name: str, total: int) -> Callable[..., None]:
-        """A new bar; returns its update (done, loss)."""
-        self.close()
-        layout = "{desc:<36} {percentage:3.0f}% |{bar:24}| {elapsed}<{remaining}{postfix}"
-        self.bar = bar = tqdm(total=total, desc=name, bar_format=layout, leave=False, mininterval=0.5, file=sys.stderr)
-
-        def update(done: int, loss: float | None = None) -> None:
-            if loss is not None:
-                bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-            bar.update(done - bar.n)
-
-        return update
+        super().__init__()
+        self.run, self.tracker, self.fixed = run, tracker, fixed
 
     def round(self, k: int, metrics: dict[str, Any], pictures: dict[str, Tensor]) -> None:
         """Say how the round went, and draw it."""
@@ -71,11 +60,6 @@ class Console:
         save_progress(folder / "progress.png", history)
         self.tracker.log(metrics, {**pictures, "rows": rows})
         write_report(self.run.path)
-
-    def close(self) -> None:
-        """End the current bar."""
-        if self.bar is not None:
-            self.bar.close()
 
 
 def bars() -> Callable[[str, int], Callable[[int], None]]:
@@ -98,7 +82,8 @@ def fit_command(config: Config) -> None:
     path, device = Path(config["observations"]), resolve_device(config["device"])
     shape = tuple(config["shape"]) if config["shape"] else None
     data = read_observations(path, config["observer"], config["noise_std"], shape, config["uint8_range"])
-    scale = estimate_scale(data, stream(config["seed"], "scale"))
+    initial = config["init_prior"]
+    scale = read_init_prior(Path(initial), data).scale if initial else estimate_scale(data, stream(config["seed"], "scale"))
     plan, reasons = make_plan(config, data, scale, device)
     resolved = resolved_config(config, plan)
     out = Path(config["out"]) if config["out"] else Path("runs") / default_name(path, resolved)
@@ -118,25 +103,10 @@ def fit_command(config: Config) -> None:
     print(f"next: emdiff evaluate --run {out} --observations {path}; emdiff sample --run {out} --out samples.npz")
 
 
-def sample_command(run: Path, count: int, out: Path, levels: int, steps: int, seed: int, device: str) -> None:
-    """`emdiff sample`."""
-    device = resolve_device(device)
-    prior = load_prior(latest_prior(run), device)
-    bar = tqdm(total=count, desc="samples", leave=False, file=sys.stderr)
-    generator = stream(seed, "sample", device=device)
-    x = sample_prior(prior, count, generator, levels, steps, progress=lambda done: bar.update(done - bar.n))
-    bar.close()
-    write_arrays(out, x=x.numpy())
-    picture = out.with_suffix(".png")
-    save_samples(picture, x[:64], f"samples of {run.name}")
-    print(f"{count} samples of shape {prior.shape} -> {out}, picture {picture}")
-    print(f"next: look at {picture}; np.load('{out}')['x'] is in the units of the data")
-
-
 def reconstruct_command(run: Path, data: Observations, samples: int, out: Path, seed: int, device: str) -> None:
     """`emdiff reconstruct`."""
     device = resolve_device(device)
-    prior = load_prior(latest_prior(run), device)
+    prior = check_any_level(load_prior(latest_prior(run), device), run)
     check_shape(prior, data, run)
     generator = stream(seed, "reconstruct", device=device)
     stacked = sample_posterior(prior, data, run_walk(run, data, device), samples, generator, bars()).x
@@ -156,12 +126,12 @@ def evaluate_command(
 ) -> None:  # fmt: skip
     """`emdiff evaluate`."""
     device = resolve_device(device)
-    prior = load_prior(latest_prior(run), device)
+    prior = check_any_level(load_prior(latest_prior(run), device), run)
     check_shape(prior, data, run)
     truth = read_matching_truth(truth_file, data, demanded)
     if truth is not None and is_image(data.shape):
         feature_module(features, truth[:2].reshape(len(truth[:2]), -1, *data.shape[-2:]))
-    best = load_prior(oracle, device) if oracle else None
+    best = check_any_level(load_prior(oracle, device), oracle) if oracle else None
     task = Task(data, run_walk(run, data, device), samples, prior_samples, truth, features, seed, device)
     history, iteration = round_metrics(run), round_of(latest_prior(run))
     found = evaluate(prior, task, bars())

@@ -97,17 +97,17 @@ def save_rows(path: Path, rows: dict[str, Tensor], columns: int = 12) -> None:
     _write(path, figure)
 
 
-def save_progress(path: Path, history: list[dict[str, Any]]) -> None:
-    """Write a PNG of the figures in SHOWN over iterations."""
-    names = [name for name in SHOWN if any(name in row for row in history)]
+def save_progress(path: Path, history: list[dict[str, Any]], shown: Sequence[str] = SHOWN) -> None:
+    """Write a PNG of the figures in `shown` over iterations."""
+    names = [name for name in shown if any(name in row for row in history)]
     figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 2.8), squeeze=False)
     for axis, name in zip(axes[0], names):
         rows = [row for row in history if name in row]
         axis.plot([row["iter"] for row in rows], [row[name] for row in rows], marker="o", ms=3)
         if name in GOOD:
             axis.axhline(GOOD[name], color="0.6", lw=0.8, ls="--")
-        axis.set_title(LABELS[name], fontsize=8)
-        axis.set_xlabel("EM iteration", fontsize=8)
+        axis.set_title(LABELS.get(name, name.replace("_", " ")), fontsize=8)
+        axis.set_xlabel("EM iteration" if shown is SHOWN else "round", fontsize=8)
     _write(path, figure)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from emdiff.mdae import MDAE
 from emdiff.metrics import prior_figures, sample_figures
 from emdiff.observations import Observations
 from emdiff.pool import restart
+from emdiff.posterior import sample_posterior
 from emdiff.prior import Prior, build_network, load_prior, sample_prior, save_prior, set_precision
 from emdiff.runs import Run, latest_prior
 from emdiff.scale import Scale
@@ -52,6 +54,7 @@ class Plan(NamedTuple):
         prior_samples: Prior samples drawn per round for figures.
         seed: Seed of everything random.
         device: "cpu" or "cuda".
+        init_prior: The prior that EM starts from; None for a start from the observations alone.
         stop: End when the figures that need no truth have stopped to improve, and keep the best iteration (verdict).
     """
 
@@ -68,6 +71,7 @@ class Plan(NamedTuple):
     seed: int = 0
     device: str = "cpu"
     stop: bool = False
+    init_prior: str | None = None
 
 
 class Listener(Protocol):
@@ -128,6 +132,8 @@ def run_fit(
 
 def start_round(data: Observations, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Tensor, Prior, dict[str, Any]]:
     """First samples x (N, *S), the network they leave behind, and figures; data standardised."""
+    if plan.init_prior is not None:
+        return start_from_prior(data, scale, plan, listener)
     torch.manual_seed(stream_seed(plan.seed, "network"))
     denoiser = set_precision(build_network(data.shape, **plan.network), plan.device)
     metrics: dict[str, Any] = {"start": plan.start.kind}
@@ -151,6 +157,15 @@ def start_round(data: Observations, scale: Scale, plan: Plan, run: Run, listener
     x = torch.cat(parts)
     metrics["bound"] = 2 * float(x.abs().max())
     return x, Prior(denoiser, scale, data.shape, plan.walk.tau_last, plan.network), metrics
+
+
+def start_from_prior(data: Observations, scale: Scale, plan: Plan, listener: Listener) -> tuple[Tensor, Prior, dict[str, Any]]:
+    """Samples x | obs (N, *S) under a prior trained elsewhere, that prior, and figures; data standardised with its scale."""
+    prior = load_prior(Path(plan.init_prior), plan.device)
+    draws = stream(plan.seed, "first samples", device=plan.device)
+    found = sample_posterior(prior._replace(scale=Scale(0.0, 1.0)), data, plan.walk, 1, draws, lambda name, total: listener.phase(f"start: {name}", total))
+    x = found.x[:, 0]
+    return x, prior._replace(scale=scale, tau_last=plan.walk.tau_last), {"start": "prior", "bound": 2 * float(x.abs().max())}
 
 
 def train_start(denoiser: MDAE, data: Observations, plan: Plan, listener: Listener) -> Trained:

@@ -46,7 +46,7 @@ class EnergyDenoiser(Denoiser):
     def __init__(self, levels: Tensor | None = None) -> None:
         super().__init__()
         self.pooled = levels is None
-        self.register_buffer("levels", levels)
+        self.register_buffer("levels", None if levels is None else levels.clone())
 
     @abstractmethod
     def free_energy(self, y: Tensor, sigma: Tensor) -> Tensor:
