@@ -117,3 +117,26 @@ def _write(path: Path, figure: Any) -> None:
         write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
     finally:
         plt.close(figure)
+
+
+def save_fields(path: Path, grid: np.ndarray, log_p: np.ndarray, score: np.ndarray) -> None:
+    """Write a PNG of a density on the plane, its logarithm and its score.
+
+    Args:
+        path: Where to.
+        grid: Values of either coordinate (n,).
+        log_p: Log-density (n, n), second coordinate first.
+        score: Its gradient (n, n, 2).
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.6))
+    ends = (grid[0], grid[-1], grid[0], grid[-1])
+    axes[0].imshow(np.exp(log_p), origin="lower", extent=ends, cmap="viridis")
+    axes[1].imshow(log_p, origin="lower", extent=ends, cmap="viridis", vmin=log_p.max() - 15)
+    few = slice(None, None, max(1, len(grid) // 15))
+    axes[2].quiver(grid[few], grid[few], score[few, few, 0], score[few, few, 1])
+    axes[2].set_aspect("equal")
+    for axis, title in zip(axes, ("p(y)", "log p(y)", "gradient of log p(y)")):
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("y_1", fontsize=8)
+        axis.set_ylabel("y_2", fontsize=8)
+    _write(path, figure)

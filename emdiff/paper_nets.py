@@ -196,7 +196,7 @@ def spectrally_normalised(net: nn.Module) -> nn.Module:
     A weight that starts at 0 has no direction to normalise and is drawn anew.
     """
     for layer in [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]:
-        if not bool(layer.weight.any()):
+        if not layer.weight.is_meta and not bool(layer.weight.any()):
             layer.reset_parameters()
         spectral_norm(layer)
     return net

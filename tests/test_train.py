@@ -156,7 +156,8 @@ def test_levels_are_in_the_units_of_the_data():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_configuration_makes_a_plan_and_a_network(path):
     """Built without memory, in the shape of its data; and its comment says how to run it and what to expect."""
-    shape, std = {"mnist": ((28, 28), 0.3081), "muvb": ((28, 28), 0.3081), "cifar": ((3, 32, 32), 0.25), "ffhq": ((3, 256, 256), 0.28)}[path.stem[:5].rstrip("_1")]
+    shapes = {"mnist": ((28, 28), 0.3081), "muvb": ((28, 28), 0.3081), "cifar": ((3, 32, 32), 0.25), "ffhq": ((3, 256, 256), 0.28)}
+    shape, std = next(value for name, value in shapes.items() if path.stem.startswith(name))
     from dataclasses import asdict
 
     from emdiff.settings import ModelSettings, ObjectiveSettings, WalkSettings
