@@ -1,6 +1,7 @@
 r"""Walk-jump sampling of one M-density: chains of any length in constant memory, with diagnostics.
 
-A prior of the channel view is walked in R^{Md}. A pooled one is walked collapsed: the mean of a sigma x M walk with inverse mass u is the walk of one measurement
+A prior of the channel view is walked in R^{Md}. A pooled one is walked collapsed: the mean of a sigma x M walk with inverse mass u is the walk of
+one measurement
 of level sigma / sqrt(M) with inverse mass u / M (langevin), so M costs nothing.
 
 delta, gamma, u are the paper's, in the units of the data: with data divided by std, y' = y/std, the same walk has inverse mass u / std^2.
@@ -15,7 +16,6 @@ Source: Multimeasurement Generative Models (Saremi & Srivastava 2022), App. D, R
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 

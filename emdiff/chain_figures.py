@@ -4,12 +4,14 @@ r"""Diagnostics of one long chain of jumps, in memory that does not grow with it
 |---|---|---|
 | classes | share of jumps that a classifier gives to each class, and in WINDOWS windows over time | all visited, in every window |
 | longest stay | most consecutive jumps in one class | short against the chain |
-| autocorrelation | of PROJECTIONS random projections at lags 1..LAGS jumps; its integrated time, 1 + 2 sum rho until rho first turns negative | few jumps |
+| autocorrelation | of PROJECTIONS random projections at lags 1..LAGS jumps; its integrated time, 1 + 2 sum rho until rho first turns negative | few
+jumps |
 | moved | mean squared change from jump to jump over twice the variance of all jumps; 1 for independent jumps | near 1 |
 | stuck | stretches of STUCK jumps in which every one moved less than STILL | 0 |
 | restarts | times the chain diverged and was set back (chain) | 0 |
 
-What is kept: a gallery of at most `keep` jumps, evenly spaced, of which every second is dropped when it is full; counts in windows that are merged in pairs likewise;
+What is kept: a gallery of at most `keep` jumps, evenly spaced, of which every second is dropped when it is full; counts in windows that are merged
+in pairs likewise;
 running sums. The initial positive sequence is Geyer's (1992), on single lags.
 """
 

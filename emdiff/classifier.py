@@ -1,10 +1,11 @@
-"""A small classifier of MNIST digits that ships with emdiff: which class a chain visits. Trained by scripts/train_classifier.py, which prints its accuracy."""
+"""A small classifier of MNIST digits that ships with emdiff: which class a chain visits. Trained by scripts/train_classifier.py, which prints
+its accuracy.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 

@@ -1,4 +1,6 @@
-"""The command line: `emdiff observe | fit | train | sample | denoise | reconstruct | evaluate | report` (train, sample, denoise: cli_prior). Torch is imported when a command runs: --help is quick."""
+"""The command line: `emdiff observe | fit | train | sample | denoise | reconstruct | evaluate | report` (train, sample, denoise: cli_prior).
+Torch is imported when a command runs: --help is quick.
+"""
 
 import re
 import sys

@@ -77,7 +77,7 @@ def train_command(config: Config) -> None:
         console.close()
         tracker.close()
     print(f"prior: {out / 'prior.safetensors'}   pictures: {out / 'figures'}   figures: {out / 'metrics.jsonl'}")
-    print(f"next: emdiff sample --run {out} --out samples.npz; emdiff sample --run {out} --chain true; emdiff fit --init-prior {out / 'prior.safetensors'}")
+    print(f"next: emdiff sample --run {out}; emdiff sample --run {out} --chain true; emdiff fit --init-prior {out / 'prior.safetensors'}")
 
 
 def sample_command(run: Path, count: int, out: Path, levels: int, steps: int | None, seed: int, device: str) -> None:
@@ -116,8 +116,8 @@ def chain_command(
     tau = float(density(prior, chain, device).sigma.square().reciprocal().sum().rsqrt())
     if own is None and tau < prior.tau_last:
         raise UsageError(
-            f"--sigma {levels[0]:g} with --measurements {measurements} makes an effective noise of {tau * prior.scale.std:.3g}, and the prior was trained "
-            f"down to {prior.tau_last * prior.scale.std:.3g}; raise --sigma or lower --measurements"
+            f"--sigma {levels[0]:g} with --measurements {measurements} makes an effective noise of {tau * prior.scale.std:.3g}, and the prior was "
+            f"trained down to {prior.tau_last * prior.scale.std:.3g}; raise --sigma or lower --measurements"
         )
     net = digit_classifier(prior.shape, prior.scale.mean)
     classify = None if net is None else lambda x: net(x).softmax(1)
@@ -130,8 +130,8 @@ def chain_command(
     write_arrays(out, x=torch.stack(x).numpy(), step=torch.tensor(at).numpy())
     write_json(out.with_suffix(".json"), found)
     save_samples(out.with_suffix(".png"), torch.stack(x)[:: max(1, len(x) // 400)][:400], f"one chain of {run.name}, {steps} steps", columns=20)
-    print(f"one chain of {steps} steps, a jump every {every}; {len(x)} kept -> {out}, figures {out.with_suffix('.json')}, picture {out.with_suffix('.png')}")
-    print(f"diverged and set back {found['restarts']} times; stuck {found['stuck']} times; autocorrelation time {found['autocorrelation_time']:.1f} jumps")
+    print(f"one chain of {steps} steps, a jump every {every}; {len(x)} kept -> {out}, figures and picture beside it as .json and .png")
+    print(f"set back {found['restarts']} times; stuck {found['stuck']} times; autocorrelation time {found['autocorrelation_time']:.1f} jumps")
     if net is not None:
         shares = ", ".join(f"{c / found['jumps']:.3f}" for c in found["classes"])
         print(f"classes visited {found['classes_visited']} of 10, shares {shares}; longest stay {found['longest_stay']} jumps")
@@ -149,7 +149,9 @@ def denoise_command(run: Path, data: Observations, out: Path, rate: float | None
     z, sigma = direct[0].to(device), direct[1].expand(direct[0].shape).to(device)
     own = own_levels(prior)
     if own is not None and not (len(own) == 1 and bool((sigma * prior.scale.std - own[0]).abs().max() < 1e-4)):
-        raise UsageError(f"this prior was made for measurements of levels {', '.join(f'{s:.4g}' for s in own[:8])}; train a pooled one for other noise")
+        raise UsageError(
+            f"this prior was made for measurements of levels {', '.join(f'{s:.4g}' for s in own[:8])}; train a pooled one for other noise"
+        )
     if rate is not None and not bool((sigma == sigma.flatten()[0]).all()):
         raise UsageError("--flow true needs one noise level for all entries: the flow is that of one M-density")
     found: dict[str, list[Tensor]] = {"x": [], "attractor": [], "steps": [], "converged": []}
@@ -160,7 +162,7 @@ def denoise_command(run: Path, data: Observations, out: Path, rate: float | None
         with torch.inference_mode():
             found["x"].append(prior.scale.restore(prior.denoiser.xhat(y[:, None], s if own is None else level)).cpu())
             if rate is not None:
-                end = flow(lambda y: prior.denoiser.xhat(y[:, None], level), y, rate, steps)
+                end = flow(lambda y, s=level: prior.denoiser.xhat(y[:, None], s), y, rate, steps)
                 for name, value in (("attractor", prior.scale.restore(end.y)), ("steps", end.steps), ("converged", end.converged)):
                     found[name].append(value.cpu())
         bar.update(len(y))

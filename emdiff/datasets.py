@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from emdiff.errors import UsageError
-from emdiff.runs import fingerprint
 from emdiff.observations import read_data
+from emdiff.runs import fingerprint
 
 NAMES = ("mnist", "cifar10", "fashion_mnist", "digits")
 TORCHVISION = {"mnist": "MNIST", "cifar10": "CIFAR10", "fashion_mnist": "FashionMNIST"}
@@ -119,7 +119,7 @@ def _named(name: str, root: Path, download: bool) -> Dataset:
         stored = getattr(torchvision.datasets, TORCHVISION[name])(str(root), train=True, download=download)
     except (RuntimeError, OSError) as error:
         raise UsageError(
-            f"--data {name}: neither {archive} nor torchvision's files are under {root}; put either there, name the folder with --root or EMDIFF_DATA, "
+            f"--data {name}: neither {archive} nor torchvision's files are under {root}; put either there, name it with --root or EMDIFF_DATA, "
             "or allow fetching with --download true"
         ) from error
     return _array(name, np.asarray(stored.data), f"torchvision:{name}:{len(stored.data)}")

@@ -163,7 +163,9 @@ def start_from_prior(data: Observations, scale: Scale, plan: Plan, listener: Lis
     """Samples x | obs (N, *S) under a prior trained elsewhere, that prior, and figures; data standardised with its scale."""
     prior = load_prior(Path(plan.init_prior), plan.device)
     draws = stream(plan.seed, "first samples", device=plan.device)
-    found = sample_posterior(prior._replace(scale=Scale(0.0, 1.0)), data, plan.walk, 1, draws, lambda name, total: listener.phase(f"start: {name}", total))
+    found = sample_posterior(
+        prior._replace(scale=Scale(0.0, 1.0)), data, plan.walk, 1, draws, lambda name, total: listener.phase(f"start: {name}", total)
+    )
     x = found.x[:, 0]
     return x, prior._replace(scale=scale, tau_last=plan.walk.tau_last), {"start": "prior", "bound": 2 * float(x.abs().max())}
 

@@ -2,7 +2,8 @@ r"""The deterministic flow of neural empirical Bayes (Saremi & Hyvarinen 2019, S
 
     dy/dt = tau^2 grad log p(y) = xhat(y) - y,      in steps of `rate`:  y <- y + rate (xhat(y) - y)
 
-At rate 1 each step is a jump. What it converges to are the modes of the M-density, y = xhat(y): the memories. For N(mu, s) the one mode is mu, and the distance to it
+At rate 1 each step is a jump. What it converges to are the modes of the M-density, y = xhat(y): the memories. For N(mu, s) the one mode is mu, and
+the distance to it
 falls by the factor 1 - rate tau^2/(s + tau^2) per step.
 """
 

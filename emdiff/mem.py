@@ -6,7 +6,8 @@ MEM2 (eq. 21, here for unequal levels): a quadratic form in the outputs nu of an
 
     f(y) = sum_m |y_m - nu_m(y)|^2 / (2 sigma_m^2) + h(y, nu(y)).
 
-The gradient goes through nu: detaching it anywhere would make the Jacobian of xhat, and with it V[x | y] and all guidance, that of another model. It is
+The gradient goes through nu: detaching it anywhere would make the Jacobian of xhat, and with it V[x | y] and all guidance, that of another model.
+It is
 differentiable once more in every mode, since training and moments both need its derivative. With M = 1 this is DEEN, neural empirical Bayes.
 
 Two views. Pooled: the network sees ybar and tau, any number of measurements of any levels; the energy of y is then
@@ -31,7 +32,9 @@ from emdiff.measurement import align, pool
 from emdiff.paper_nets import level_channels
 
 COARSEST = 40.0
-"""In units of the data's std: an entry that was not measured is taken as measured at ybar = 0 with this level, which has a 1600th of the weight of the prior."""
+"""In units of the data's std: an entry that was not measured is taken as measured at ybar = 0 with this level, which has a 1600th of the
+weight of the prior.
+"""
 
 Scalar = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -3,7 +3,8 @@ r"""Multimeasurement unnormalised variational Bayes: the energy is the free ener
     f(y) = E_q [ sum_m |y_m - nu_m(z)|^2 / (2 sigma_m^2) + h(y, nu(z)) ] + KL(q(z | y) || N(0, I)),      q(z | y) = N(mean(y), diag(std(y)^2)),
     KL = sum_j (mean_j^2 + std_j^2 - 1 - log std_j^2) / 2,      z = mean + std eps,  eps ~ N(0, I)  (reparametrised).
 
-The expectation is a mean over draws of eps. In training they are fresh for every datum. In eval mode they are a fixed set, eps and -eps in pairs, the same for all
+The expectation is a mean over draws of eps. In training they are fresh for every datum. In eval mode they are a fixed set, eps and -eps in pairs,
+the same for all
 data: f is then a function of y, the score is its exact gradient, and xhat has a Jacobian; fresh draws would make every walk step on another energy.
 
 Without the metaencoder h and with M = 1 this is UVB (Saremi 2020). Views as in `mem`.

@@ -6,7 +6,8 @@ With the M squared errors L^(m) = E |x - xhat^(m)(y)|^2 (eq. 12):
     softmax    sum_m w_m L^(m),   w = softmax(L^(1), ..., L^(M)), not differentiated: the larger losses count more   (Sec. 3.1)
     mdsm       sum_m E |-grad_m f(y) + (y_m - x)/sigma_m^2|^2 = sum_m L^(m) / sigma_m^4                              (eq. 16)
 
-For equal levels mdsm is M/sigma^4 times the mean. It equals the score-matching objective E |grad f + grad log p(y)|^2 (eq. 15) up to a constant for any levels.
+For equal levels mdsm is M/sigma^4 times the mean. It equals the score-matching objective E |grad f + grad log p(y)|^2 (eq. 15) up to a constant for
+any levels.
 
 A pooled denoiser has one estimate for all m, and any level can be trained: `ManyLevels` draws them, `OneSet` is the paper's.
 """

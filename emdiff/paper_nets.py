@@ -1,12 +1,16 @@
 r"""The networks of Multimeasurement Generative Models (Saremi & Srivastava 2022), Tables 1 and 3, of any width.
 
 U2Net (Table 1; U2-Net: Going deeper with nested U-structure, Qin et al. 2020): a U-Net whose every stage is a U-Net, without normalisation and with
-x sigmoid(x). A stage RSU(height, in, mid, out) is h + U(h), h = silu(conv(x)), where U goes down height - 1 halvings less one and up again. The outputs of
+x sigmoid(x). A stage RSU(height, in, mid, out) is h + U(h), h = silu(conv(x)), where U goes down height - 1 halvings less one and up again. The
+outputs of
 the deepest stage and of the four decoder stages each give a side map; a 1x1 convolution of all five is the output.
 
-Encoder, Decoder (Table 3): residual networks of bottleneck blocks of widths [N, N/4, N/4, N] and kernels [1, 3, 3, 1], all kernels 1 where the resolution is below
-3, with average pooling between stages; the decoder is the encoder in reverse with nearest-neighbour upsampling. The tables leave open: how channels enter and
-leave (here a 1x1 convolution each) and how a block's skip changes width (here zeros are appended on the way up in width, a 1x1 convolution on the way down).
+Encoder, Decoder (Table 3): residual networks of bottleneck blocks of widths [N, N/4, N/4, N] and kernels [1, 3, 3, 1], all kernels 1 where the
+resolution is below
+3, with average pooling between stages; the decoder is the encoder in reverse with nearest-neighbour upsampling. The tables leave open: how channels
+enter and
+leave (here a 1x1 convolution each) and how a block's skip changes width (here zeros are appended on the way up in width, a 1x1 convolution on the
+way down).
 
 A backbone is F(z, c) as in `nn`: c is shown to the network only if `levels`, as two more channels.
 """

@@ -86,10 +86,12 @@ def read_init_prior(path: Path, data: Observations, tau_last: float = math.inf) 
     """
     prior = check_any_level(load_prior(path), path)
     if prior.shape != data.shape:
-        raise UsageError(f"--init-prior {path}: it is of data of shape {prior.shape}, the observations of {data.shape}; give --shape or another prior")
+        raise UsageError(
+            f"--init-prior {path}: it is of data of shape {prior.shape}, the observations of {data.shape}; give --shape or another prior"
+        )
     if prior.tau_last > tau_last * 1.001:
         raise UsageError(
-            f"--init-prior {path}: it was trained down to level {prior.tau_last:.3g} and the walk ends at {tau_last:.3g}, in units of the data's std; "
+            f"--init-prior {path}: trained down to level {prior.tau_last:.3g}, while the walk ends at {tau_last:.3g}, in units of the data's std; "
             f"give --walk.tau-last {prior.tau_last:.3g} or more"
         )
     return prior

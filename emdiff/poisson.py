@@ -91,7 +91,9 @@ class GammaDenoiser(PoissonDenoiser):
     def log_p(self, y: Tensor) -> Tensor:
         """log p(y) of scalar data (B, M), shape (B,): the integral of p(y | x) over the Gamma density."""
         s, M = y.sum(1), y.shape[1]
-        return torch.lgamma(self.a + s) - torch.lgamma(self.a) + self.a * self.b.log() - (self.a + s) * (self.b + M).log() - torch.lgamma(y + 1).sum(1)
+        return (
+            torch.lgamma(self.a + s) - torch.lgamma(self.a) + self.a * self.b.log() - (self.a + s) * (self.b + M).log() - torch.lgamma(y + 1).sum(1)
+        )
 
     def risk(self, M: int) -> Tensor:
         """E |x - xhat|^2 per entry, a / (b (b + M)): the least that any denoiser reaches."""
@@ -101,7 +103,8 @@ class GammaDenoiser(PoissonDenoiser):
 class PoissonMDAE(PoissonDenoiser):
     """A learned denoiser of counts.
 
-    With z = 2 sqrt(s/M + 3/(8M)), whose noise has about the std M^(-1/2) whatever x is (Anscombe 1948), xhat = (z/2 + F(z, c))^2 in units of the mean of x;
+    With z = 2 sqrt(s/M + 3/(8M)), whose noise has about the std M^(-1/2) whatever x is (Anscombe 1948), xhat = (z/2 + F(z, c))^2 in units of the
+    mean of x;
     the network sees (z - 2)/2 and c = log(1 + M mean)/2, its precision there.
 
     Args:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import emdiff
 from emdiff.accumulate import accumulate, levels
+from emdiff.denoise import Denoiser
 from emdiff.errors import UsageError
 from emdiff.files import write_atomically
-from emdiff.denoise import Denoiser
 from emdiff.mdae import MDAE, ChannelMDAE
 from emdiff.models import KINDS, build_model, fixed_levels
 from emdiff.nn import MLP, UNet
@@ -144,7 +144,8 @@ def check_any_level(prior: Prior, path: Path) -> Prior:
     levels = fixed_levels(prior.denoiser)
     if levels is not None:
         raise UsageError(
-            f"{path}: this prior was trained for one set of levels, M = {len(levels)}, which `emdiff sample` walks; for posteriors train one without --model.sigma"
+            f"{path}: this prior was trained for one set of levels, M = {len(levels)}, which `emdiff sample` walks; "
+            "for posteriors train one without --model.sigma"
         )
     return prior
 

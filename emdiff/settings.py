@@ -65,7 +65,8 @@ class ModelSettings:
             `measurements` equal ones, or one value each. Unset: the network sees their mean, and all levels from tau_last up are trained.
         measurements: M.
         tau_last: Finest level to train where sigma is unset, in units of the data's std.
-        network: unet (small, conditioned on the level), u2net (Table 1), resnet (Table 3, for muvb), mlp. Unset: unet for images, mlp else, resnet for muvb.
+        network: unet (small, conditioned on the level), u2net (Table 1), resnet (Table 3, for muvb), mlp. Unset: unet for images, mlp else, resnet
+            for muvb.
         width: Width factor of u2net and resnet, 1 for the paper's; features of the mlp are 128 times it.
         widths: Channels at each resolution of the unet. Unset: as `emdiff fit` chooses.
         patch: Side of the pixel blocks that the unet folds into channels.

@@ -1,6 +1,7 @@
 r"""Training a prior on clean data: `emdiff train`, in rounds, each a folder (runs), so that an interrupted training goes on where it was.
 
-Round k continues from the memory that round k - 1 left on disk (weights, average, optimiser) and from a seed made of (seed, k): an interrupted training and an
+Round k continues from the memory that round k - 1 left on disk (weights, average, optimiser) and from a seed made of (seed, k): an interrupted
+training and an
 uninterrupted one are one code path, and end at the same weights on the same machine.
 """
 
@@ -161,7 +162,8 @@ def train_round(k: int, data: Dataset, scale: Scale, plan: TrainPlan, run: Run, 
 def image_loss(prior: Prior, data: Dataset, plan: TrainPlan) -> float:
     """Eq. 14 as the paper reports it: the mean over m of |x - xhat^(m)|^2, summed over an image, in the units of the data.
 
-    At the prior's own levels, or one measurement of level REPORTED where it takes any; over the first LOSS_DATA data, with the same noise in every round.
+    At the prior's own levels, or one measurement of level REPORTED where it takes any; over the first LOSS_DATA data, with the same noise in every
+    round.
     """
     generator = stream(plan.seed, "image loss", device=plan.device)
     levels = fixed_levels(prior.denoiser)

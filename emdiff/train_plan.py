@@ -72,7 +72,9 @@ def choose_model(model: Config, shape: tuple[int, ...], levels: list[float] | No
     kind, image = model["parametrisation"], is_image_shape(shape)
     name = model["network"] or ("mlp" if not image else "resnet" if kind == "muvb" else "unet")
     if (name == "resnet") != (kind == "muvb" and name != "mlp"):
-        raise UsageError(f"--model.network {name} does not go with --model.parametrisation {kind}; muvb takes resnet or mlp, the others unet, u2net or mlp")
+        raise UsageError(
+            f"--model.network {name} does not go with --model.parametrisation {kind}; muvb takes resnet or mlp, the others unet, u2net or mlp"
+        )
     if name != "mlp" and not image:
         raise UsageError(f"--model.network {name} takes images, not data of shape {tuple(shape)}; use mlp")
     if model["metaencoder"] and kind == "mdae":
@@ -85,7 +87,11 @@ def choose_model(model: Config, shape: tuple[int, ...], levels: list[float] | No
         net |= {"width": model["width"]}
     elif name == "unet":
         default = choose_network(shape)
-        net |= {"widths": model["widths"] or default.get("widths", [32, 64]), "patch": model["patch"] or default.get("patch", 1), "blocks": model["blocks"]}
+        net |= {
+            "widths": model["widths"] or default.get("widths", [32, 64]),
+            "patch": model["patch"] or default.get("patch", 1),
+            "blocks": model["blocks"],
+        }
     else:
         net |= {"widths": wide}
     if kind == "muvb":
@@ -139,7 +145,9 @@ def print_train_plan(data: Dataset, scale: Scale, plan: TrainPlan, out: Path, fi
     kind = plan.network["kind"] if "net" in plan.network else "mdae"
     print(f"data          {len(data)} of shape {data.shape} from {data.name}, mean {scale.mean:.4g}, std {scale.std:.4g}")
     if levels is None:
-        print(f"model         {kind} on {net}, pooled: every number of measurements and every level from {plan.tau_last * scale.std:.3g} up (the data's units)")
+        print(
+            f"model         {kind} on {net}, pooled: any number of measurements, all levels from {plan.tau_last * scale.std:.3g} up (the data's units)"
+        )
     else:
         units = ", ".join(f"{s * scale.std:.4g}" for s in levels[:8]) + (", ..." if len(levels) > 8 else "")
         print(f"model         {kind} on {net}, M = {len(levels)} measurements of levels {units}; together {plan.tau_last * scale.std:.4g}")

@@ -8,7 +8,8 @@ The moving average forgets over a fifth of the training, min(decay, (1 + i)/(10 
 known beforehand the rate falls to 0: what is left of the noise of the gradients would enter every sample of the next E-step, and the
 prior's variance would creep up from iteration to iteration (docs/method.md).
 
-A training that is done in parts hands its memory from one part to the next: weights, average, the optimiser's state, the number of steps taken. Length,
+A training that is done in parts hands its memory from one part to the next: weights, average, the optimiser's state, the number of steps taken.
+Length,
 rate and average are then those of the whole.
 
 This is the one file that imports Lightning.

@@ -4,13 +4,15 @@
     python scripts/reproduce.py poisson                    Sec. 2.1: estimator, learned denoiser, both walks, against Gamma priors (seconds)
     python scripts/reproduce.py fig5 --run RUN             single-step multidenoising
     python scripts/reproduce.py losses --run RUN           loss per image at 1/4 x 1 (= 1 x 16) and other levels, training and test digits
-    python scripts/reproduce.py quality --run RUN          Frechet distance and class frequencies of 5,000 samples; --chain RUN.npz: of one chain's jumps
+    python scripts/reproduce.py quality --run RUN          Frechet distance and class frequencies of 5,000 samples; --chain RUN.npz: of one chain's
+    jumps
     python scripts/reproduce.py fig7 --run RUN             mixing against quality for M = 1, 2, 4, 16
     python scripts/reproduce.py more --run RUN             "more is different": 1/4 x 1 against 1 x 16
     python scripts/reproduce.py lifelong --run RUN         one chain of --steps steps on MNIST
     python scripts/reproduce.py muvb --run RUN --rival RUN MDAE against MUVB: mixing and quality of chains of equal length
 
-RUN is a run folder of `emdiff train`, such as `emdiff train --config configs/mnist_cpu.yaml --data mnist --out RUN`. For other sizes train with another of configs/*.yaml.
+RUN is a run folder of `emdiff train`, such as `emdiff train --config configs/mnist_cpu.yaml --data mnist --out RUN`. For other sizes train with
+another of configs/*.yaml.
 Frechet distances are in 64 features of the classifier of scripts/mnist_features.py, to the 60,000 training digits; test digits score about 1.5.
 """
 
@@ -70,7 +72,10 @@ def fig1(args: argparse.Namespace) -> None:
     grid = torch.linspace(-6, 6, 181)
     y = torch.stack(torch.meshgrid(grid, grid, indexing="xy"), -1).reshape(-1, 2, 1).double()
     covs = variances[:, None, None] * torch.ones(2, 2) + torch.diag(sigma**2)
-    parts = [torch.distributions.MultivariateNormal(m.expand(2).double(), c.double()).log_prob(y[..., 0]) + w.log() for w, m, c in zip(weights, means, covs)]
+    parts = [
+        torch.distributions.MultivariateNormal(m.expand(2).double(), c.double()).log_prob(y[..., 0]) + w.log()
+        for w, m, c in zip(weights, means, covs)
+    ]
     log_p = torch.logsumexp(torch.stack(parts), 0).reshape(181, 181)
     exact = MixtureDenoiser(weights.double(), means[:, None].double(), variances[:, None, None].double())
     score = exact.score(y, sigma.double()).reshape(181, 181, 2)
@@ -144,7 +149,7 @@ def losses(args: argparse.Namespace) -> None:
     levels, figures = fixed_levels(prior.denoiser), {}
     for part in ("train", "test"):
         x = prior.scale.standardise(digits(args, part)[0][:10_000])
-        for name, tau in {"1x1": 1.0, "1x4": 0.5, "1x16_quarter_1x1": 0.25} .items() if levels is None else {"own": 0.0}.items():
+        for name, tau in {"1x1": 1.0, "1x4": 0.5, "1x16_quarter_1x1": 0.25}.items() if levels is None else {"own": 0.0}.items():
             sigma = torch.tensor([tau / prior.scale.std]) if levels is None else levels
             generator = stream(args.seed, "losses", part)
             L = [errors(prior.denoiser, batch, measure(batch, sigma, generator), sigma).mean(1) for batch in x.split(500)]
@@ -172,7 +177,8 @@ class Judge:
         share = torch.bincount(found, minlength=10) / len(x)
         ratio = share / self.share
         return {"count": len(x), "frechet": self.distance(x[:, None]).frechet, "frechet_cut": self.distance(x.clamp(0, 1)[:, None]).frechet,
-                "class_shares": [round(float(s), 4) for s in share], "class_ratio_least": float(ratio.min()), "class_ratio_most": float(ratio.max())}  # fmt: skip
+                "class_shares": [round(float(s), 4) for s in share],
+                "class_ratio_least": float(ratio.min()), "class_ratio_most": float(ratio.max())}  # fmt: skip
 
 
 def quality(args: argparse.Namespace) -> None:
@@ -188,7 +194,9 @@ def quality(args: argparse.Namespace) -> None:
     report(args, "quality", figures, clock)
 
 
-def follow(args: argparse.Namespace, prior: Prior, sigma: tuple[float, ...], steps: int, every: int, name: str, keep: int = 1024) -> tuple[Tensor, dict[str, Any]]:
+def follow(
+    args: argparse.Namespace, prior: Prior, sigma: tuple[float, ...], steps: int, every: int, name: str, keep: int = 1024
+) -> tuple[Tensor, dict[str, Any]]:
     """One chain's jumps (n, 28, 28) and its diagnostics; Algorithm 1 with delta = sigma, gamma = 1/4, u = 1, unless told otherwise."""
     net = digit_classifier(prior.shape, prior.scale.mean)
     figures = ChainFigures(prior.shape, keep, None if net is None else lambda x: net(x).softmax(1))

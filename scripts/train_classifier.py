@@ -1,6 +1,7 @@
-"""Train the classifier that emdiff bundles (emdiff/mnist_classifier.safetensors) on MNIST's 60,000 training digits; prints its accuracy on the 10,000 test digits.
+"""Train the classifier that emdiff bundles (emdiff/mnist_classifier.safetensors) on MNIST's 60,000 training digits; prints its accuracy on the
+10,000 test digits.
 
-    python scripts/train_classifier.py --data ../shared/data/mnist.npz
+python scripts/train_classifier.py --data ../shared/data/mnist.npz
 """
 
 from __future__ import annotations

@@ -7,20 +7,25 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
-    {"errors", "streams", "settings", "meanings", "charts"},
-    {"files", "measurement", "linalg"},
+    {"errors", "streams", "settings", "meanings", "charts", "console", "flow", "chain_figures", "classifier"},
+    {"files", "measurement", "linalg", "checks"},
     {"archive", "denoise", "langevin", "printing"},
     {"observations"},
     {"accumulate", "guidance", "gaussian"},
-    {"nn", "mdae", "scale", "metrics", "calibration", "features", "verdict", "start", "training"},
+    {"nn", "mdae", "scale", "metrics", "calibration", "features", "verdict", "start", "training", "objectives"},
+    {"paper_nets", "poisson"},
+    {"mem"},
+    {"muvb"},
+    {"models"},
     {"prior", "runs"},
-    {"em", "pool"},
+    {"em", "pool", "chain", "datasets"},
     {"posterior"},
     {"fit", "figures"},
-    {"track", "evaluate", "strips"},
+    {"track", "evaluate", "strips", "train"},
     {"evidence"},
-    {"report", "plan"},
-    {"commands"},
+    {"report", "plan", "train_plan"},
+    {"commands", "commands_prior"},
+    {"cli_prior"},
     {"cli"},
 ]
 ONCE = {"pytorch_lightning": "training", "matplotlib": "figures", "wandb": "track"}

@@ -90,7 +90,9 @@ def test_pooled_energies_give_one_estimate_for_all_measurements(kind):
 
 
 def test_mem_of_a_gaussian_has_its_closed_form():
-    """With nu = xhat = K ybar of N(0, S): xhat_mem = nu + K^T (ybar - nu), since f = |ybar - K ybar|^2 / (2 tau^2); with detached nu it would be nu."""
+    """With nu = xhat = K ybar of N(0, S): xhat_mem = nu + K^T (ybar - nu), since f = |ybar - K ybar|^2 / (2 tau^2); with detached nu it would
+    be nu.
+    """
     S = torch.tensor([[1.0, 0.4], [0.4, 0.7]], dtype=torch.float64)
     inner = GaussianDenoiser.from_covariance(torch.zeros(2, dtype=torch.float64), S)
     y, tau2 = measured(5, (2,)), 1 / SIGMA.pow(-2).sum()

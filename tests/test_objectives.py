@@ -110,7 +110,9 @@ def test_levels_are_within_their_bounds_and_stratified():
     levels = ManyLevels(Data(torch.zeros(4, 2)), 0.1, 20.0).levels(4096, torch.Generator().manual_seed(0))
     inner = levels[(levels > 0.1) & (levels < 20)].log()
     assert float(levels.min()) >= 0.1 and float(levels.max()) <= 20
-    assert float(levels.log().median()) == pytest.approx(-0.3, abs=0.01) and float((levels.log() < -0.3 + 1.3).float().mean()) == pytest.approx(0.841, abs=2e-3)
+    assert float(levels.log().median()) == pytest.approx(-0.3, abs=0.01) and float((levels.log() < -0.3 + 1.3).float().mean()) == pytest.approx(
+        0.841, abs=2e-3
+    )
     assert len(inner) > 3500
 
 

@@ -95,8 +95,8 @@ def test_an_interrupted_training_ends_at_the_same_weights(extra, monkeypatch):
     main(["train", "--data", "clean.npz", "--out", "parts", *SMALL, *extra])
     a, b = weights("whole/prior.safetensors"), weights("parts/prior.safetensors")
     assert all(torch.equal(a[name], b[name]) for name in a)
-    rows = [[{**json.loads(line), "seconds": 0, "seconds_train": 0, "images_per_second": 0} for line in Path(run, "metrics.jsonl").read_text().splitlines()]
-            for run in ("whole", "parts")]  # fmt: skip
+    clocks = dict.fromkeys(("seconds", "seconds_train", "images_per_second"), 0)
+    rows = [[json.loads(line) | clocks for line in Path(run, "metrics.jsonl").read_text().splitlines()] for run in ("whole", "parts")]
     assert rows[0] == rows[1] and [row["iter"] for row in rows[0]] == [0, 1, 2]
 
 
@@ -107,7 +107,10 @@ def test_a_prior_of_fixed_levels_is_walked_and_refused_for_posteriors(capsys):
     main(["sample", "--run", "t", "--chain", "true", "--steps", "20", "--every", "5", "--device", "cpu"])
     with np.load("samples.npz") as file:
         assert np.isfinite(file["x"]).all()
-    for command in (["reconstruct", "--run", "t", "--observations", "obs.npz"], ["fit", "--observations", "obs.npz", "--init-prior", "t/prior.safetensors"]):
+    for command in (
+        ["reconstruct", "--run", "t", "--observations", "obs.npz"],
+        ["fit", "--observations", "obs.npz", "--init-prior", "t/prior.safetensors"],
+    ):
         assert "one set of levels" in refused(capsys, *command)
     assert "its own levels" in refused(capsys, "sample", "--run", "t", "--chain", "true", "--sigma", "1.0", "--steps", "100")
 
