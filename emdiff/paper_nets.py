@@ -81,9 +81,8 @@ class U2Net(nn.Module):
         super().__init__()
         self.shape, self.levels, channels = tuple(shape), levels, math.prod(shape[:-2])
         wide = lambda n: max(1, round(width * n)) if n else channels + 2 * levels
-        stage = lambda spec: RSU(spec[0], *map(wide, spec[1:]))
-        self.down = nn.ModuleList(map(stage, TABLE1["down"]))
-        self.up = nn.ModuleList(map(stage, TABLE1["up"]))
+        self.down = nn.ModuleList(RSU(height, *map(wide, rest)) for height, *rest in TABLE1["down"])
+        self.up = nn.ModuleList(RSU(height, 2 * wide(inp // 2), *map(wide, rest)) for height, inp, *rest in TABLE1["up"])
         self.side = nn.ModuleList(nn.Conv2d(wide(spec[3]), channels, 3, padding=1) for spec in [TABLE1["down"][-1], *TABLE1["up"]])
         self.fuse = nn.Conv2d(len(self.side) * channels, channels, 1)
 

@@ -146,7 +146,7 @@ def print_train_plan(data: Dataset, scale: Scale, plan: TrainPlan, out: Path, fi
     print(f"data          {len(data)} of shape {data.shape} from {data.name}, mean {scale.mean:.4g}, std {scale.std:.4g}")
     if levels is None:
         print(
-            f"model         {kind} on {net}, pooled: any number of measurements, all levels from {plan.tau_last * scale.std:.3g} up (the data's units)"
+            f"model         {kind} on {net}, pooled: any number of measurements, all levels from {plan.tau_last * scale.std:.3g} up, in the data's units"
         )
     else:
         units = ", ".join(f"{s * scale.std:.4g}" for s in levels[:8]) + (", ..." if len(levels) > 8 else "")

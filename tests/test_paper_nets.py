@@ -57,6 +57,7 @@ def test_u2net_halves_as_often_as_its_table_says():
 def test_outputs_have_the_shape_of_inputs(shape):
     z = torch.randn(2, *shape)
     assert U2Net(shape, width=1 / 32)(z, torch.zeros(1)).shape == z.shape
+    assert U2Net(shape, width=0.043)(z, torch.zeros(1)).shape == z.shape, "widths that round unevenly"
     shown = U2Net(shape, width=1 / 32, levels=True)
     assert not torch.equal(shown(z, torch.zeros(1)), shown(z, torch.ones(1)))
 
