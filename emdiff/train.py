@@ -101,11 +101,12 @@ class Standardised:
         return torch.where(flip.reshape(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
 
 
-def measure_scale(data: Dataset, most: int = 20_000) -> Scale:
-    """Mean and std over all entries of at most `most` data, evenly spaced."""
-    index = torch.arange(0, len(data), max(1, len(data) // most))
+def measure_scale(data: Dataset, most: int = 200_000_000) -> Scale:
+    """Mean and std over all entries of evenly spaced data, as many as have at most `most` entries, but at least 500."""
+    d = torch.Size(data.shape).numel()
+    index = torch.arange(0, len(data), max(1, len(data) // max(500, most // d)))
     count = total = squares = 0.0
-    for part in index.split(1000):
+    for part in index.split(max(1, 10_000_000 // d)):
         x = data.read(part).double()
         count, total, squares = count + x.numel(), total + float(x.sum()), squares + float(x.square().sum())
     mean = total / count

@@ -145,9 +145,7 @@ def print_train_plan(data: Dataset, scale: Scale, plan: TrainPlan, out: Path, fi
     kind = plan.network["kind"] if "net" in plan.network else "mdae"
     print(f"data          {len(data)} of shape {data.shape} from {data.name}, mean {scale.mean:.4g}, std {scale.std:.4g}")
     if levels is None:
-        print(
-            f"model         {kind} on {net}, pooled: any number of measurements, all levels from {plan.tau_last * scale.std:.3g} up, in the data's units"
-        )
+        print(f"model         {kind} on {net}, pooled: any number of measurements, all levels from {plan.tau_last * scale.std:.3g} up (data's units)")
     else:
         units = ", ".join(f"{s * scale.std:.4g}" for s in levels[:8]) + (", ..." if len(levels) > 8 else "")
         print(f"model         {kind} on {net}, M = {len(levels)} measurements of levels {units}; together {plan.tau_last * scale.std:.4g}")
