@@ -14,12 +14,12 @@ from emdiff.chain import ChainWalk, density, own_levels, run_chain
 from emdiff.chain_figures import ChainFigures
 from emdiff.classifier import digit_classifier
 from emdiff.console import Bars
+from emdiff.data import Observations
 from emdiff.datasets import open_dataset
 from emdiff.errors import UsageError
 from emdiff.figures import save_progress, save_rows, save_samples
 from emdiff.files import write_arrays, write_json
 from emdiff.flow import flow
-from emdiff.observations import Observations
 from emdiff.plan import resolve_device
 from emdiff.posterior import check_shape
 from emdiff.prior import load_prior, sample_prior

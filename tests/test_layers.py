@@ -8,8 +8,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors", "streams", "settings", "meanings", "charts", "console", "flow", "chain_figures", "classifier"},
-    {"files", "measurement", "linalg", "checks"},
-    {"archive", "denoise", "langevin", "printing"},
+    {"files", "rows", "measurement", "linalg", "checks"},
+    {"archive", "written", "data", "denoise", "langevin", "printing"},
+    {"stored"},
     {"observations"},
     {"accumulate", "guidance", "gaussian"},
     {"nn", "mdae", "scale", "metrics", "calibration", "features", "verdict", "start", "training", "objectives"},
