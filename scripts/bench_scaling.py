@@ -7,7 +7,8 @@ For each size: noisy smooth images (std of noise .5) are written in parts to a f
 E-step (fused, `--levels` levels, chains in .npy files) and one M-step of fixed length on its pairs, by the default U-Net, untrained, with patches
 of 2 x 2 at every size (by default 14 x 14 would have none, and cost as much as 28 x 28). Costs are processor seconds of one thread, so that other
 work on the machine counts little. Slopes are those of straight lines through log cost over log N, log pixels: 1 is linear. Peak memory is that of
-the whole process, reset before each size (Linux); the allocator is told to hand back what is freed.
+the whole process, reset before each size (Linux); the allocator is told to hand back what is freed, and arrays above `--small` bytes stay in their
+files, by default 4 MB (emdiff itself holds arrays of up to 64 MB in memory).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from emdiff import rows
 from emdiff.data import Data
 from emdiff.em import PairLoss, Walk, e_step
 from emdiff.metrics import sample_figures
@@ -150,11 +152,15 @@ def plot(path: Path, by_count: list[Cost], by_side: list[Cost], slopes: tuple[fl
         axis.loglog(size, [c.e_step + c.figures for c in costs], "o-", label="E-step and figures")
         axis.loglog(size, [c.m_step for c in costs], "s:", color="0.5", label="M-step, fixed length")
         axis.set(xlabel=label, ylabel="processor seconds", title=f"slope {found:.3f}")
+        axis.set_xticks(size, [str(n) for n in size])
+        axis.set_xticks([], minor=True)
         axis.legend(fontsize=7)
     counts = [c.count for c in by_count]
     right.loglog(counts, [c.files_mb for c in by_count], "s:", color="0.5", label="files")
     right.loglog(counts, [c.peak_mb for c in by_count], "o-", label="peak memory of the process")
     right.set(xlabel="observations", ylabel="MB", title=f"{by_count[0].side} x {by_count[0].side} pixels")
+    right.set_xticks(counts, [str(n) for n in counts])
+    right.set_xticks([], minor=True)
     right.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
@@ -169,6 +175,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=4000, help="N as pixels grow")
     parser.add_argument("--levels", type=int, default=4)
     parser.add_argument("--steps", type=int, default=40, help="training steps of the M-step")
+    parser.add_argument("--small", type=int, default=2**22, help="bytes up to which an array is held in memory")
     parser.add_argument("--png", type=Path, default=Path("scaling.png"))
     parser.add_argument("--quick", action="store_true", help="small sizes, for a test")
     args = parser.parse_args()
@@ -176,6 +183,7 @@ def main() -> None:
         args.counts, args.sides, args.side, args.count, args.steps = [250, 1000], [8, 16], 16, 250, 4
     torch.set_num_threads(1)
     hand_back()
+    rows.SMALL = args.small
     measure(250, args.side, args.levels, 4)  # what only the first iteration does: imports, kernels
     sizes = dict.fromkeys([*((count, args.side) for count in args.counts), *((args.count, side) for side in args.sides)])
     print(f"{'N':>7}{'side':>6}{'E-step s':>10}{'figures s':>11}{'M-step s':>10}{'peak MB':>9}{'files MB':>10}")
