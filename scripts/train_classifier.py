@@ -41,7 +41,7 @@ def main() -> None:
         optimizer.step()
         schedule.step()
         if step % 500 == 0:
-            print(f"step {step} of {steps}, loss {float(loss):.4f}", flush=True)
+            print(f"step {step} of {steps}, loss {loss.item():.4f}", flush=True)
     with torch.no_grad():
         accuracy = float((net.eval()(x_test).argmax(1) == labels_test).float().mean())
     save_file(net.state_dict(), args.out)

@@ -65,7 +65,7 @@ def test_mdsm_is_the_mean_up_to_a_factor_for_equal_levels_and_not_for_others():
     x, generator = draw(50)
     for sigma, equal in ((EQUAL, True), (SIGMA, False)):
         L = errors(Linear([0.9, 0.4, 0.6]), x, measure(x, sigma, generator), sigma)
-        ratio = float(OBJECTIVES["mdsm"](L, sigma) / OBJECTIVES["mean"](L, sigma))
+        ratio = (OBJECTIVES["mdsm"](L, sigma) / OBJECTIVES["mean"](L, sigma)).item()
         assert (ratio == pytest.approx(3 / float(sigma[0]) ** 4)) == equal
 
 
