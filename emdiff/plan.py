@@ -181,7 +181,8 @@ def print_plan(data: Data, scale: Scale, plan: Plan, reasons: dict[str, str], ou
     walk = plan.walk
     first = "no measurement" if math.isinf(walk.tau_first) else f"{walk.tau_first * scale.std:.3g}"
     print(f"observations  {len(data)} of shape {data.shape} through {observer_name(data)}, noise_std {noise}")
-    print(f"data          mean {scale.mean:.4g}, std {scale.std:.4g}, estimated from the observations")
+    source = "of the prior it starts from" if plan.init_prior else "estimated from the observations"
+    print(f"data          mean {scale.mean:.4g}, std {scale.std:.4g}, {source}")
     print(f"start         {plan.start.kind}: {reasons['start']}")
     print(f"guidance      {walk.guidance}: {reasons['guidance']}")
     print(
