@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -22,8 +23,9 @@ from emdiff.mdae import MDAE
 from emdiff.metrics import prior_figures, sample_figures
 from emdiff.noise import depends_on_signal, updated_level, with_counts, with_level
 from emdiff.pool import restart
+from emdiff.posterior import sample_posterior
 from emdiff.prior import Prior, build_network, load_prior, sample_prior, save_prior, set_precision
-from emdiff.rows import Array, Index, Rows, chosen_rows, fill, row_spans
+from emdiff.rows import BLOCK, Array, Index, Rows, chosen_rows, fill, row_spans, spans
 from emdiff.runs import Run, latest_prior
 from emdiff.scale import Scale
 from emdiff.shrink import keep
@@ -60,6 +62,7 @@ class Plan(NamedTuple):
         seed: Seed of everything random.
         device: "cpu" or "cuda".
         level: Where the noise level is not known, its first estimate, which EM updates; else None.
+        init_prior: The prior that EM starts from; None for a start from the observations alone.
         stop: End when the figures that need no truth have stopped to improve, and keep the best iteration (verdict).
     """
 
@@ -77,6 +80,7 @@ class Plan(NamedTuple):
     device: str = "cpu"
     stop: bool = False
     level: float | None = None
+    init_prior: str | None = None
 
 
 class Listener(Protocol):
@@ -147,6 +151,8 @@ def with_current_noise(k: int, data: Data, plan: Plan, run: Run) -> Data:
 
 def start_round(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Array, Prior, dict[str, Any]]:
     """First samples x (N, *S), the network they leave behind, and figures; data standardised."""
+    if plan.init_prior is not None:
+        return start_from_prior(data, scale, plan, run, listener)
     if plan.start.kind == "mixture":
         return start_from_mixture(data, scale, plan, run, listener)
     torch.manual_seed(stream_seed(plan.seed, "network"))
@@ -190,6 +196,18 @@ def start_from_mixture(data: Data, scale: Scale, plan: Plan, run: Run, listener:
     metrics = {"start": "mixture", "components": found.components, "members": found.members, "components_held_out": held_out}
     metrics["bound"] = 2 * max(float(x[part].abs().max()) for part in row_spans(x))
     return x, Prior(denoiser, scale, data.shape, plan.walk.tau_last, network), metrics
+
+
+def start_from_prior(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Array, Prior, dict[str, Any]]:
+    """Samples x | obs (N, *S) under a prior trained elsewhere, that prior, and figures; data standardised with its scale."""
+    prior = load_prior(Path(plan.init_prior), plan.device)
+    standard, draws = prior._replace(scale=Scale(0.0, 1.0)), stream(plan.seed, "first samples", device=plan.device)
+    x, largest = run.scratch(0, "x", (len(data), *data.shape)), 0.0
+    for span in spans(len(data), math.prod(data.shape), len(data), BLOCK):
+        phase = lambda name, total, first=span.start: listener.phase(f"start: {name}" + (f" from {first}" if first else ""), total)
+        part = sample_posterior(standard, data.rows(span), plan.walk, 1, draws, phase).x[:, 0]
+        x[span], largest = part, max(largest, float(part.abs().max()))
+    return x.commit(), prior._replace(scale=scale, tau_last=plan.walk.tau_last), {"start": "prior", "bound": 2 * largest}
 
 
 def train_start(denoiser: MDAE, data: Data, plan: Plan, listener: Listener) -> Trained:
