@@ -1,6 +1,6 @@
-"""The command line: `emdiff observe | fit | sample | reconstruct | evaluate | report | check-observer`.
+"""The command line: `emdiff observe | fit | train | sample | denoise | reconstruct | evaluate | report | check-observer`.
 
-Torch is imported when a command runs: --help is quick.
+train, sample and denoise are in cli_prior. Torch is imported when a command runs: --help is quick.
 """
 
 import re
@@ -11,6 +11,8 @@ from typing import Literal, Optional, Union
 
 from jsonargparse import ArgumentParser, auto_parser
 
+from emdiff.checks import at_least, positive, suffix
+from emdiff.cli_prior import denoise, sample, train
 from emdiff.errors import UsageError
 from emdiff.settings import TrainSettings, WalkSettings
 from observers.instruments import Recipe, identity
@@ -39,8 +41,8 @@ def observe(
         seed: Seed of masks and noise.
         device: Accepted for uniformity; observing runs on the CPU.
     """
-    _positive("--noise-std", noise_std)
-    _suffix("--out", out, (".npz", ".h5", ".hdf5", "/"))
+    positive("--noise-std", noise_std)
+    suffix("--out", out, (".npz", ".h5", ".hdf5", "/"))
     from emdiff.commands import observe_command
 
     observe_command(Path(data), observer, noise_std, count, Path(out), seed)
@@ -50,9 +52,10 @@ def fit(
     observations: str,
     out: Optional[str] = None,
     iters: int = 10,
-    start: Literal["auto", "gaussian", "self-supervised"] = "auto",
+    start: Literal["auto", "mixture", "gaussian", "self-supervised"] = "auto",
     guidance: Literal["auto", "fused", "cg", "gmres"] = "auto",
     relax: Optional[int] = None,
+    init_prior: Optional[str] = None,
     stop: Literal["never", "auto"] = "never",
     observer: Optional[str] = None,
     noise_std: Optional[Union[float, Literal["auto"]]] = None,
@@ -75,6 +78,7 @@ def fit(
         relax: Last iteration that may over-relax (coarse jumps, re-noised: fast but biased), which happens only where the last samples spread more
             than the data, as estimated from the observations. 0: exact iterations only. Unset: no limit where the
             noise exceeds 2 tau_relax, else 0.
+        init_prior: A prior.safetensors to start from, such as one of `emdiff train`, in place of `start`; its scale of the data is taken too.
         stop: auto ends the fit when the figures that need no truth (chi2, and the agreement of re-observed prior samples with the observations)
             have not improved for three iterations; either way the run's prior for later commands is that of the best iteration with auto, of
             the last with never.
@@ -91,37 +95,8 @@ def fit(
     config = {name: asdict(value) if name in ("walk", "train") else value for name, value in locals().items()}
     from emdiff.commands import fit_command
 
-    _at_least("--iters", iters, 1)
+    at_least("--iters", iters, 1)
     fit_command(config)
-
-
-def sample(
-    run: str,
-    count: int = 64,
-    out: str = "samples.npz",
-    levels: int = 64,
-    steps: int = 0,
-    seed: int = 0,
-    device: Device = "auto",
-) -> None:
-    """Draw unconditional samples from a run's prior, and a picture of them.
-
-    Args:
-        run: Run folder of `emdiff fit`.
-        count: Number of samples.
-        out: File to write, .npz with x in the units of the data; the picture gets its name with .png.
-        levels: Noise levels of the walk; more is slower and more exact.
-        steps: Langevin steps at each level.
-        seed: Seed.
-        device: Where to run.
-    """
-    from emdiff.commands import sample_command
-
-    for name, value in {"--count": count, "--levels": levels}.items():
-        _at_least(name, value, 1 if name == "--count" else 2)
-    _at_least("--steps", steps, 0)
-    _suffix("--out", out, (".npz",))
-    sample_command(Path(run), count, Path(out), levels, steps, seed, device)
 
 
 def reconstruct(
@@ -154,8 +129,8 @@ def reconstruct(
     from emdiff.observations import open_observations
     from emdiff.posterior import run_level
 
-    _at_least("--samples", samples, 2)
-    _suffix("--out", out, (".npz", ".h5", ".hdf5", "/"))
+    at_least("--samples", samples, 2)
+    suffix("--out", out, (".npz", ".h5", ".hdf5", "/"))
     data = open_observations(Path(observations), observer, noise_std or run_level(Path(run)), tuple(shape) if shape else None, uint8_range)
     reconstruct_command(Path(run), data, samples, Path(out), seed, device)
 
@@ -202,8 +177,8 @@ def evaluate(
     from emdiff.observations import open_observations
     from emdiff.posterior import run_level
 
-    _at_least("--samples", samples, 4)
-    _at_least("--prior-samples", prior_samples, 2)
+    at_least("--samples", samples, 4)
+    at_least("--prior-samples", prior_samples, 2)
     data = open_observations(Path(observations), observer, noise_std or run_level(Path(run)), tuple(shape) if shape else None, uint8_range)
     if count is not None and not 2 <= count <= len(data):
         raise UsageError(f"--count is {count}; {observations} holds {len(data)} observations, give 2 to {len(data)}")
@@ -221,8 +196,8 @@ def report(run: str, out: Optional[str] = None, pdf: Optional[str] = None) -> No
         out: File to write, .html; report.html in the run folder by default.
         pdf: Print the page to this .pdf too; needs Chromium.
     """
-    _suffix("--out", out or "report.html", (".html",))
-    _suffix("--pdf", pdf or "report.pdf", (".pdf",))
+    suffix("--out", out or "report.html", (".html",))
+    suffix("--pdf", pdf or "report.pdf", (".pdf",))
     from emdiff.printing import find_browser, write_pdf
     from emdiff.report import write_report
 
@@ -255,23 +230,8 @@ def check_observer(
     """
     from emdiff.check import check_command
 
-    _at_least("--count", count, 2)
+    at_least("--count", count, 2)
     sys.exit(check_command(name, observations, tuple(shape) if shape else None, count, seed, device))
-
-
-def _positive(name: str, value: float) -> None:
-    if not 0 < value < float("inf"):
-        raise UsageError(f"{name} is {value:g}; it has to be a positive, finite number in the units of the data")
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise UsageError(f"{name} is {value}; give {least} or more")
-
-
-def _suffix(name: str, path: str, known: tuple[str, ...]) -> None:
-    if not path.endswith(known):
-        raise UsageError(f"{name} is {path}; its name has to end with {' or '.join(known)}")
 
 
 class Parser(ArgumentParser):
@@ -287,7 +247,9 @@ class Parser(ArgumentParser):
 COMMANDS = {
     "observe": observe,
     "fit": fit,
+    "train": train,
     "sample": sample,
+    "denoise": denoise,
     "reconstruct": reconstruct,
     "evaluate": evaluate,
     "report": report,
