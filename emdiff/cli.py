@@ -50,7 +50,7 @@ def fit(
     observations: str,
     out: Optional[str] = None,
     iters: int = 10,
-    start: Literal["auto", "gaussian", "self-supervised"] = "auto",
+    start: Literal["auto", "mixture", "gaussian", "self-supervised"] = "auto",
     guidance: Literal["auto", "fused", "cg", "gmres"] = "auto",
     relax: Optional[int] = None,
     init_prior: Optional[str] = None,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from emdiff.components import STAGES, fit_mixture
 from emdiff.data import Data, held, measured
 from emdiff.em import Draws, PairLoss, Walk, drawn, e_step, over_relaxed
 from emdiff.gaussian import condition, fit_gaussian
@@ -23,9 +24,10 @@ from emdiff.metrics import prior_figures, sample_figures
 from emdiff.pool import restart
 from emdiff.posterior import sample_posterior
 from emdiff.prior import Prior, build_network, load_prior, sample_prior, save_prior, set_precision
-from emdiff.rows import BLOCK, Array, Index, Rows, fill, spans
+from emdiff.rows import BLOCK, Array, Index, Rows, chosen_rows, fill, row_spans, spans
 from emdiff.runs import Run, latest_prior
 from emdiff.scale import Scale
+from emdiff.shrink import keep
 from emdiff.start import Choice, first_samples, recorrupt, self_supervised_loss
 from emdiff.streams import stream, stream_seed
 from emdiff.training import Trained, train
@@ -137,6 +139,8 @@ def start_round(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listen
     """First samples x (N, *S), the network they leave behind, and figures; data standardised."""
     if plan.init_prior is not None:
         return start_from_prior(data, scale, plan, run, listener)
+    if plan.start.kind == "mixture":
+        return start_from_mixture(data, scale, plan, run, listener)
     torch.manual_seed(stream_seed(plan.seed, "network"))
     denoiser = set_precision(build_network(data.shape, **plan.network), plan.device)
     metrics: dict[str, Any] = {"start": plan.start.kind}
@@ -175,6 +179,23 @@ def start_from_prior(data: Data, scale: Scale, plan: Plan, run: Run, listener: L
     return x.commit(), prior._replace(scale=scale, tau_last=plan.walk.tau_last), {"start": "prior", "bound": 2 * largest}
 
 
+def start_from_mixture(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Array, Prior, dict[str, Any]]:
+    """As `start_round`: a mixture fitted to the observations becomes the base of an untrained network; first samples are exact draws."""
+    torch.manual_seed(stream_seed(plan.seed, "network"))
+    found = fit_mixture(data, stream(plan.seed, "mixture"), listener.phase("start: mixtures of Gaussians", STAGES))
+    network = {**plan.network, "base": len(found.denoiser.weights)}
+    denoiser = build_network(data.shape, **network)
+    denoiser.base = found.denoiser
+    denoiser.to(plan.device)
+    draw, bar = stream(plan.seed, "first samples", device=plan.device), listener.phase("start: first samples", len(data))
+    draws = e_step(denoiser, data, None, plan.walk, draw, progress=bar, store=lambda name, shape: run.scratch(0, name, shape))
+    x = draws.sample.commit()
+    held_out = {str(j): value for j, value in found.held_out.items()}
+    metrics = {"start": "mixture", "components": found.components, "members": found.members, "components_held_out": held_out}
+    metrics["bound"] = 2 * max(float(x[part].abs().max()) for part in row_spans(x))
+    return x, Prior(denoiser, scale, data.shape, plan.walk.tau_last, network), metrics
+
+
 def train_start(denoiser: MDAE, data: Data, plan: Plan, listener: Listener) -> Trained:
     """Train a denoiser on recorrupted observations, a tenth of them held out, at most HELD_OUT."""
 
@@ -194,14 +215,15 @@ def em_round(k: int, data: Data, scale: Scale, plan: Plan, run: Run, listener: L
     prior = load_prior(run.round_path(k - 1) / "prior.safetensors", plan.device)
     clock, store = time.perf_counter(), lambda name, shape: run.scratch(k, name, shape)
     walk, relax = plan.walk, k > 1 and over_relaxes(k, plan, run.metrics(k - 1)["sample_std"], scale)
-    if k == 1:
+    based = getattr(prior.denoiser, "base", None) is not None
+    if k == 1 and not based:
         x = run.array(0, "samples").map(scale.standardise)
         draws = Draws(x, x, 0.0)
     else:
         bar = listener.phase(f"round {k}: E-step", len(data))
         walk = walk._replace(tau_last=walk.tau_relax) if relax else walk
-        chains, bound = run.array(k - 1, "chains"), run.metrics(0)["bound"]
-        if walk.pool:
+        chains, bound = run.array(k - 1, "chains") if k > 1 else None, run.metrics(0)["bound"]
+        if walk.pool and not (based and not prior.denoiser.departs()):
             chains = restart(prior, data, chains, walk.pool, walk.tau_first, stream(plan.seed, "pool", k, device=plan.device), store)
         draw = stream(plan.seed, "e-step", k, device=plan.device)
         draws = e_step(prior.denoiser, data, chains, walk, draw, bound, bar, plan.walk.tau_last, store)
@@ -212,11 +234,17 @@ def em_round(k: int, data: Data, scale: Scale, plan: Plan, run: Run, listener: L
     seconds_e, clock = time.perf_counter() - clock, time.perf_counter()
     pairs = drawn(draws)
     maps = level_maps(data) if plan.walk.guidance == "fused" else None
-    loss = PairLoss(pairs, plan.walk.tau_last, maps)
+    if based:
+        pairs = shuffled(pairs, stream(plan.seed, "held out"))
+    loss = PairLoss(pairs, plan.walk.tau_last, maps, even=based)
     steps = plan.start_steps if k == 1 and (plan.start.kind == "gaussian" or maps is not None) else plan.steps
+    count = len(pairs.x) - (max(1, len(pairs.x) // 10) if based else 0)
     bar = listener.phase(f"round {k}: M-step", steps)
     seed = stream_seed(plan.seed, "m-step", k)
-    trained = train(prior.denoiser, loss, len(pairs.x), steps, plan.batch, plan.rate, seed, device=plan.device, progress=bar)
+    trained = train(prior.denoiser, loss, count, steps, plan.batch, plan.rate, seed, device=plan.device, progress=bar)
+    if based:
+        held_out, draw = torch.arange(count, len(pairs.x)), stream(plan.seed, "keep", k, device=plan.device)
+        trained.denoiser.keep = keep(trained.denoiser, loss.inputs, held_out, draw)
     metrics = {
         "over_relaxed": bool(relax),
         "loss": trained.loss,
@@ -224,10 +252,17 @@ def em_round(k: int, data: Data, scale: Scale, plan: Plan, run: Run, listener: L
         "kept": 0 if draws.kept is None else int(draws.kept.sum()),
         "solver_residual": draws.residual,
         "solver_iterations": draws.iterations,
+        **({"departure_kept": trained.denoiser.keep.tolist()} if based else {}),
         "seconds_e": seconds_e,
         "seconds_m": time.perf_counter() - clock,
     }
     return draws.x if draws.sample is None else draws.sample, prior._replace(denoiser=trained.denoiser), metrics
+
+
+def shuffled(draws: Draws, generator: torch.Generator) -> Draws:
+    """The pairs in an order that is the same in every round, so that those held out never train."""
+    order = torch.randperm(len(draws.x), generator=generator)
+    return draws._replace(x=chosen_rows(draws.x, order), y=chosen_rows(draws.y, order), sample=None)
 
 
 def over_relaxes(k: int, plan: Plan, sample_std: float, scale: Scale) -> bool:

@@ -65,7 +65,7 @@ def make_plan(config: Config, data: Data, scale: Scale, device: str) -> tuple[Pl
         raise UsageError(f"--walk.tau-first has to be finite with guidance {guidance}; 0.8 is a good value")
     batch = walk["batch"] or (4096 if device == "cuda" else 500)
     chosen = Walk(**{**walk, "guidance": guidance, "tau_first": tau_first, "tau_last": tau_last, "batch": batch, "pool": pool})
-    relax = config["relax"] if config["relax"] is not None else default_relax(relative, walk["tau_relax"])
+    relax = config["relax"] if config["relax"] is not None else 0 if start.kind == "mixture" else default_relax(relative, walk["tau_relax"])
     if relax and not tau_first > walk["tau_relax"]:
         raise UsageError(f"--walk.tau-relax {walk['tau_relax']:g} is not below --walk.tau-first {tau_first:g}; lower it, or give --relax 0")
     network = choose_network(data.shape, guidance == "fused" and level_maps(data) is not None)

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 import emdiff
 from emdiff.accumulate import accumulate, levels
+from emdiff.basewalk import descend, free
 from emdiff.denoise import Denoiser
 from emdiff.errors import UsageError
 from emdiff.files import write_atomically
 from emdiff.mdae import MDAE, ChannelMDAE
+from emdiff.mixture import MixtureDenoiser
 from emdiff.models import KINDS, build_model, fixed_levels
 from emdiff.nn import MLP, UNet
 from emdiff.paper_nets import U2Net
@@ -68,12 +70,13 @@ def choose_network(shape: tuple[int, ...], maps: bool = False) -> dict[str, Any]
     return {"kind": "unet", "widths": [32, 64, 128] + [128] * (side >= 64), "patch": 2 if side >= 16 else 1, "maps": maps}
 
 
-def build_network(shape: tuple[int, ...], kind: str, **options: Any) -> Denoiser:
+def build_network(shape: tuple[int, ...], kind: str, base: int = 0, **options: Any) -> Denoiser:
     """An untrained pooled MDAE, or a parametrisation of `models`; bfloat16 is decided by `set_precision`.
 
     Args:
         shape: S.
-        kind: "unet" or "mlp", or one of `models.KINDS`.
+        kind: "unet" or "mlp", or one of `models.KINDS`, which have no base.
+        base: Components of a base mixture, to be filled by `with_base` or from a file; 0 for none.
         options: Arguments of `nn.UNet` or `nn.MLP`, or of `models.build_model`.
 
     Raises:
@@ -84,7 +87,9 @@ def build_network(shape: tuple[int, ...], kind: str, **options: Any) -> Denoiser
     if kind not in NETWORKS:
         raise ValueError(f"unknown network {kind!r}; choose from {', '.join([*NETWORKS, *KINDS])}")
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-    return MDAE(NETWORKS[kind](shape, **options), spread=0.2 if kind == "unet" else 1.0)
+    d = math.prod(shape)
+    blank = MixtureDenoiser(torch.full((base,), 1 / base), torch.zeros(base, d), torch.eye(d).expand(base, d, d)) if base else None
+    return MDAE(NETWORKS[kind](shape, **options), spread=0.2 if kind == "unet" else 1.0, base=blank)
 
 
 def set_precision(denoiser: Denoiser, device: str) -> Denoiser:
@@ -160,7 +165,7 @@ def sample_prior(
     batch: int = 500,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
-    """Draw x ~ p(x).
+    """Draw x ~ p(x). Where the prior has a base and does not depart from it, draws are exact.
 
     Args:
         prior: The prior, on the generator's device.
@@ -178,6 +183,11 @@ def sample_prior(
     taus = levels(TAU_FIRST, prior.tau_last, count_levels)
     for i in range(0, count, batch):
         shape = (min(batch, count - i), *prior.shape)
+        if isinstance(prior.denoiser, MDAE) and prior.denoiser.base is not None:
+            end = descend(prior.denoiser.base, free(prior.denoiser), shape, taus, generator)
+            done.append(prior.scale.restore(end.x).cpu())
+            progress(i + shape[0])
+            continue
         y = math.sqrt(1 + TAU_FIRST**2) * torch.randn(shape, generator=generator, device=generator.device)
         done.append(prior.scale.restore(accumulate(prior.denoiser, y, taus[0], taus[1:], generator, steps=steps).xhat).cpu())
         progress(i + shape[0])

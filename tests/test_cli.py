@@ -75,9 +75,9 @@ def test_a_whole_session_on_images():
 def test_an_observer_that_mixes_entries_is_fitted_with_cg(observer, capsys):
     vectors("clean.npz")
     main(["observe", "--data", "clean.npz", "--observer", observer, "--noise-std", "0.1", "--out", "obs.h5"])
-    main(["fit", "--observations", "obs.h5", "--iters", "2", "--out", "run", *SMALL])
+    main(["fit", "--observations", "obs.h5", "--iters", "2", "--out", "run", "--start", "gaussian", *SMALL])
     out = capsys.readouterr().out
-    assert "gaussian: observer projection mixes" in out and "cg: observer projection mixes" in out
+    assert "gaussian: as asked" in out and "cg: observer projection mixes" in out
     metrics = json.loads(Path("run/round_002/metrics.json").read_text())
     assert metrics["solver_iterations"] > 0 and 0 <= metrics["solver_residual"] < 1
     main(["reconstruct", "--run", "run", "--observations", "obs.h5", "--samples", "2", "--out", "r.npz", "--device", "cpu"])
@@ -85,9 +85,10 @@ def test_an_observer_that_mixes_entries_is_fitted_with_cg(observer, capsys):
         assert file["samples"].shape == (200, 2, 3) and np.isfinite(file["samples"]).all()
 
 
-def test_continuing_equals_an_uninterrupted_run():
+@pytest.mark.parametrize("start", ["mixture", "self-supervised"])
+def test_continuing_equals_an_uninterrupted_run(start):
     vectors()
-    fit = ["fit", "--observations", "obs.npz", *SMALL]
+    fit = ["fit", "--observations", "obs.npz", "--start", start, *SMALL]
     main([*fit, "--iters", "3", "--out", "whole"])
     main([*fit, "--iters", "1", "--out", "parts"])
     Path("parts/round_002").mkdir()
@@ -126,7 +127,7 @@ def test_the_resolved_configuration_is_a_config_file(capsys):
     vectors()
     main(["fit", "--observations", "obs.npz", "--iters", "1", "--out", "run", *SMALL])
     config = yaml.safe_load(Path("run/config.yaml").read_text())
-    assert config["start"] == "self-supervised" and config["guidance"] == "fused" and config["train"]["steps"] == 20
+    assert config["start"] == "mixture" and config["guidance"] == "fused" and config["train"]["steps"] == 20
     main(["fit", "--config", "run/config.yaml", "--iters", "2"])
     assert "continued after round 1" in capsys.readouterr().out and Path("run/round_002/metrics.json").is_file()
 
