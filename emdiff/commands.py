@@ -22,10 +22,12 @@ from emdiff.evaluate import Evaluation, Task, drifts, evaluate, ratios, write_ev
 from emdiff.features import feature_module
 from emdiff.figures import is_image, save_progress, save_rows, save_samples
 from emdiff.fit import run_fit
+from emdiff.identify import blind_spots
 from emdiff.metrics import residual_chi2, truth_figures
+from emdiff.noise import depends_on_signal, first_noise, with_counts, with_level
 from emdiff.observations import open_data, open_observations, open_truth, write_parts
 from emdiff.plan import Config, default_name, make_plan, print_plan, read_init_prior, resolve_device, resolved_config
-from emdiff.posterior import check_shape, run_walk, sample_posterior
+from emdiff.posterior import check_shape, run_walk, sample_posterior, settled
 from emdiff.prior import check_any_level, load_prior
 from emdiff.report import write_report
 from emdiff.rows import BLOCK, Rows, spans
@@ -54,7 +56,8 @@ class Console(Bars):
     def round(self, k: int, metrics: dict[str, Any], pictures: dict[str, Tensor]) -> None:
         """Say how the round went, and draw it."""
         self.close()
-        names = {"chi2": "chi2", "sample_std": "std", "observation_agreement": "agreement", "error": "error", "restarted": "restarted"}
+        names = {"chi2": "chi2", "sample_std": "std", "observation_agreement": "agreement", "error": "error", "noise_std": "noise"}
+        names["restarted"] = "restarted"
         figures = "  ".join(f"{label} {metrics[name]:.4g}" for name, label in names.items() if name in metrics)
         print(f"{'start   ' if not k else f'round {k:3d}'}  {figures}  ({metrics['seconds']:.0f} s)", flush=True)
         folder = self.run.path / "figures"
@@ -86,17 +89,22 @@ def bars(span: slice | None = None, count: int = 0) -> Callable[[str, int], Call
 
 
 def observe_command(data: Path, recipe: Recipe, noise_std: float, count: int | None, out: Path, seed: int) -> None:
-    """`emdiff observe`: in parts, each with operators and noise of its own from one stream."""
+    """`emdiff observe`: in parts, each with operators and noise of its own from one stream; what all data share is that of the first part."""
     x, generator = open_data(data, count), stream(seed, "observe")
     shape, name = tuple(x.shape[1:]), ""
 
     def parts() -> Iterator[tuple[Observations, Tensor]]:
         nonlocal name
-        shared: Observer | None = None
+        whole: Observer | None = None
+        shared: dict[str, Tensor] = {}
         for span in spans(len(x), math.prod(shape), len(x), BLOCK // 4):
             clean = x[span]
-            drawn = shared or recipe.draw(shape, len(clean), noise_std, generator)
-            shared, name = drawn if drawn.count is None and not span.start else shared, drawn.name
+            drawn = whole or recipe.draw(shape, len(clean), noise_std, generator)
+            if not span.start:
+                whole, name = drawn if drawn.count is None else None, drawn.name
+                shared = {key: array for key, array in drawn.arrays().items() if len(array) != len(clean)}
+            elif whole is None:
+                drawn = type(drawn).assemble(shape, drawn.noise, {**drawn.arrays(), **shared, **drawn.options()})
             yield Observations(drawn.simulate(clean, generator), drawn), clean
 
     write_parts(out, len(x), parts())
@@ -108,7 +116,12 @@ def fit_command(config: Config) -> None:
     """`emdiff fit`."""
     path, device = Path(config["observations"]), resolve_device(config["device"])
     shape = tuple(config["shape"]) if config["shape"] else None
-    data = open_observations(path, config["observer"], config["noise_std"], shape, config["uint8_range"])
+    unknown = config["noise_std"] == "auto"
+    data = open_observations(path, config["observer"], 1.0 if unknown else config["noise_std"], shape, config["uint8_range"])
+    if unknown:
+        data = with_level(data, first_noise(data))
+    elif depends_on_signal(data):
+        data = with_counts(data, None)
     initial = config["init_prior"]
     scale = read_init_prior(Path(initial), data).scale if initial else estimate_scale(data, stream(config["seed"], "scale"))
     plan, reasons = make_plan(config, data, scale, device)
@@ -116,6 +129,8 @@ def fit_command(config: Config) -> None:
     out = Path(config["out"]) if config["out"] else Path("runs") / default_name(path, resolved)
     run = Run(out, resolved, path, needed=4 * (plan.iters + 6) * len(data) * math.prod(data.shape))
     print_plan(data, scale, plan, reasons, out, run.finished())
+    for line in blind_spots(data, stream(config["seed"], "blind spots")):
+        print(f"warning: {line}", flush=True)
     tracker = Tracker(config["wandb"], out, resolved, warn=lambda line: print(f"note: {line}"))
     truth, obs = open_truth(path), data.rows(slice(0, 12)).obs
     fixed = {} if truth is None else {"truth": truth[:12]}
@@ -141,7 +156,7 @@ def reconstruct_command(run: Path, data: Data, samples: int, out: Path, seed: in
         shapes = {"samples": (len(data), samples, *data.shape), "mean": (len(data), *data.shape), "std": (len(data), *data.shape)}
         arrays = {name: new.array(name, shape, np.float32) for name, shape in shapes.items()}
         for span in spans(len(data), samples * math.prod(data.shape), len(data), BLOCK):
-            block = data.rows(span)
+            block = settled(prior, data.rows(span), walk, generator)
             stacked = sample_posterior(prior, block, walk, samples, generator, bars(span, len(data))).x
             made = {"samples": stacked, "mean": stacked.mean(1), "std": stacked.std(1)}
             for name, values in made.items():
@@ -170,6 +185,7 @@ def evaluate_command(
     if truth is not None and is_image(data.shape):
         feature_module(features, truth[:2].reshape(len(truth[:2]), -1, *data.shape[-2:]))
     best = check_any_level(load_prior(oracle, device), oracle) if oracle else None
+    data = settled(prior, data, run_walk(run, data, device), stream(seed, "evaluate", "counts", device=device))
     task = Task(data, run_walk(run, data, device), samples, prior_samples, truth, features, seed, device)
     history, iteration = round_metrics(run), round_of(latest_prior(run))
     found = evaluate(prior, task, bars())

@@ -21,6 +21,7 @@ from emdiff.em import Draws, PairLoss, Walk, drawn, e_step, over_relaxed
 from emdiff.gaussian import condition, fit_gaussian
 from emdiff.mdae import MDAE
 from emdiff.metrics import prior_figures, sample_figures
+from emdiff.noise import depends_on_signal, updated_level, with_counts, with_level
 from emdiff.pool import restart
 from emdiff.posterior import sample_posterior
 from emdiff.prior import Prior, build_network, load_prior, sample_prior, save_prior, set_precision
@@ -60,6 +61,7 @@ class Plan(NamedTuple):
         prior_samples: Prior samples drawn per round for figures.
         seed: Seed of everything random.
         device: "cpu" or "cuda".
+        level: Where the noise level is not known, its first estimate, which EM updates; else None.
         init_prior: The prior that EM starts from; None for a start from the observations alone.
         stop: End when the figures that need no truth have stopped to improve, and keep the best iteration (verdict).
     """
@@ -77,6 +79,7 @@ class Plan(NamedTuple):
     seed: int = 0
     device: str = "cpu"
     stop: bool = False
+    level: float | None = None
     init_prior: str | None = None
 
 
@@ -113,12 +116,14 @@ def run_fit(
     Returns:
         The prior of the last round, or of the best where plan.stop.
     """
-    standard = held(scale.view(data))
+    given = data
     for k in range(run.finished() + 1, plan.iters + 1):
         if plan.stop and k > 1 and should_stop(run.history()):
             break
         clock = time.perf_counter()
         run.begin(k)
+        data = with_current_noise(k, given, plan, run)
+        standard = held(scale.view(data))
         x, prior, metrics = start_round(standard, scale, plan, run, listener) if k == 0 else em_round(k, standard, scale, plan, run, listener)
         save_prior(run.round_path(k) / "prior.safetensors", prior)
         samples = fill(run.new_array(k, "samples", x.shape), x, scale.restore).commit()
@@ -135,6 +140,15 @@ def run_fit(
     return load_prior(latest_prior(run.path), plan.device)
 
 
+def with_current_noise(k: int, data: Data, plan: Plan, run: Run) -> Data:
+    """The observations with the noise that round k takes for theirs: an unknown level, or counts, as estimated by round k - 1."""
+    if plan.level is not None:
+        return with_level(data, run.metrics(k - 1)["noise_std"] if k else plan.level)
+    if depends_on_signal(data):
+        return with_counts(data, run.array(k - 1, "samples") if k else None)
+    return data
+
+
 def start_round(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Array, Prior, dict[str, Any]]:
     """First samples x (N, *S), the network they leave behind, and figures; data standardised."""
     if plan.init_prior is not None:
@@ -143,7 +157,7 @@ def start_round(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listen
         return start_from_mixture(data, scale, plan, run, listener)
     torch.manual_seed(stream_seed(plan.seed, "network"))
     denoiser = set_precision(build_network(data.shape, **plan.network), plan.device)
-    metrics: dict[str, Any] = {"start": plan.start.kind}
+    metrics: dict[str, Any] = {"start": plan.start.kind} | ({} if plan.level is None else {"noise_std": plan.level})
     if plan.start.kind == "self-supervised":
         trained = train_start(denoiser, data, plan, listener)
         denoiser = trained.denoiser
@@ -167,18 +181,6 @@ def start_round(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listen
     return x.commit(), Prior(denoiser, scale, data.shape, plan.walk.tau_last, plan.network), metrics
 
 
-def start_from_prior(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Array, Prior, dict[str, Any]]:
-    """Samples x | obs (N, *S) under a prior trained elsewhere, that prior, and figures; data standardised with its scale."""
-    prior = load_prior(Path(plan.init_prior), plan.device)
-    standard, draws = prior._replace(scale=Scale(0.0, 1.0)), stream(plan.seed, "first samples", device=plan.device)
-    x, largest = run.scratch(0, "x", (len(data), *data.shape)), 0.0
-    for span in spans(len(data), math.prod(data.shape), len(data), BLOCK):
-        phase = lambda name, total, first=span.start: listener.phase(f"start: {name}" + (f" from {first}" if first else ""), total)
-        part = sample_posterior(standard, data.rows(span), plan.walk, 1, draws, phase).x[:, 0]
-        x[span], largest = part, max(largest, float(part.abs().max()))
-    return x.commit(), prior._replace(scale=scale, tau_last=plan.walk.tau_last), {"start": "prior", "bound": 2 * largest}
-
-
 def start_from_mixture(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Array, Prior, dict[str, Any]]:
     """As `start_round`: a mixture fitted to the observations becomes the base of an untrained network; first samples are exact draws."""
     torch.manual_seed(stream_seed(plan.seed, "network"))
@@ -194,6 +196,18 @@ def start_from_mixture(data: Data, scale: Scale, plan: Plan, run: Run, listener:
     metrics = {"start": "mixture", "components": found.components, "members": found.members, "components_held_out": held_out}
     metrics["bound"] = 2 * max(float(x[part].abs().max()) for part in row_spans(x))
     return x, Prior(denoiser, scale, data.shape, plan.walk.tau_last, network), metrics
+
+
+def start_from_prior(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Array, Prior, dict[str, Any]]:
+    """Samples x | obs (N, *S) under a prior trained elsewhere, that prior, and figures; data standardised with its scale."""
+    prior = load_prior(Path(plan.init_prior), plan.device)
+    standard, draws = prior._replace(scale=Scale(0.0, 1.0)), stream(plan.seed, "first samples", device=plan.device)
+    x, largest = run.scratch(0, "x", (len(data), *data.shape)), 0.0
+    for span in spans(len(data), math.prod(data.shape), len(data), BLOCK):
+        phase = lambda name, total, first=span.start: listener.phase(f"start: {name}" + (f" from {first}" if first else ""), total)
+        part = sample_posterior(standard, data.rows(span), plan.walk, 1, draws, phase).x[:, 0]
+        x[span], largest = part, max(largest, float(part.abs().max()))
+    return x.commit(), prior._replace(scale=scale, tau_last=plan.walk.tau_last), {"start": "prior", "bound": 2 * largest}
 
 
 def train_start(denoiser: MDAE, data: Data, plan: Plan, listener: Listener) -> Trained:
@@ -218,7 +232,7 @@ def em_round(k: int, data: Data, scale: Scale, plan: Plan, run: Run, listener: L
     based = getattr(prior.denoiser, "base", None) is not None
     if k == 1 and not based:
         x = run.array(0, "samples").map(scale.standardise)
-        draws = Draws(x, x, 0.0)
+        draws, level = Draws(x, x, 0.0), None if plan.level is None else run.metrics(0)["noise_std"]
     else:
         bar = listener.phase(f"round {k}: E-step", len(data))
         walk = walk._replace(tau_last=walk.tau_relax) if relax else walk
@@ -228,6 +242,9 @@ def em_round(k: int, data: Data, scale: Scale, plan: Plan, run: Run, listener: L
         draw = stream(plan.seed, "e-step", k, device=plan.device)
         draws = e_step(prior.denoiser, data, chains, walk, draw, bound, bar, plan.walk.tau_last, store)
         draws = draws._replace(**{name: getattr(draws, name).commit() for name in ("y", "x", "sample") if getattr(draws, name) is not None})
+        if plan.level is not None:
+            complete = (draws.y, draws.tau) if draws.sample is None else (draws.sample, 0.0)
+            level = scale.std * updated_level(data, *complete, stream(plan.seed, "noise", k))
         draws = over_relaxed(draws) if relax else draws
     extra, draw = math.sqrt(max(plan.walk.tau_last**2 - draws.tau**2, 0.0)), stream(plan.seed, "chains", k)
     fill(run.new_array(k, "chains", draws.y.shape), draws.y, lambda y: y + extra * torch.randn(y.shape, generator=draw)).close()
@@ -255,6 +272,7 @@ def em_round(k: int, data: Data, scale: Scale, plan: Plan, run: Run, listener: L
         **({"departure_kept": trained.denoiser.keep.tolist()} if based else {}),
         "seconds_e": seconds_e,
         "seconds_m": time.perf_counter() - clock,
+        **({} if plan.level is None else {"noise_std": level}),
     }
     return draws.x if draws.sample is None else draws.sample, prior._replace(denoiser=trained.denoiser), metrics
 

@@ -15,6 +15,7 @@ from emdiff.em import Walk, choose_guidance
 from emdiff.errors import UsageError
 from emdiff.fit import Plan, level_maps
 from emdiff.gaussian import DENSE
+from emdiff.noise import depends_on_signal
 from emdiff.pool import applies, noise
 from emdiff.posterior import default_pool, default_tau_first
 from emdiff.prior import Prior, check_any_level, choose_network, load_prior
@@ -74,7 +75,8 @@ def make_plan(config: Config, data: Data, scale: Scale, device: str) -> tuple[Pl
     steps = train["steps"] or default_steps(len(data), device, network["kind"])
     plan = Plan(
         config["iters"], start, chosen, network, train["start_steps"], steps, train["batch"], train["rate"], relax,
-        seed=config["seed"], device=device, stop=config["stop"] == "auto", init_prior=config.get("init_prior"),
+        seed=config["seed"], device=device, stop=config["stop"] == "auto", level=noise_range(data)[0] if config["noise_std"] == "auto" else None,
+        init_prior=config.get("init_prior"),
     )  # fmt: skip
     return plan, {"start": start.reason, "guidance": reason}
 
@@ -102,7 +104,10 @@ def relative_noise(data: Data, scale: Scale, guidance: str) -> float:
     """Median noise, over at most 1024 evenly spaced data, in units of the data's std; where an observer of vectors mixes entries, over the norm of
     its rows."""
     some = data.rows(evenly(len(data), 1024))
-    std = noise(some) if guidance != "fused" and applies(data) else some.observer.noise_std
+    direct = scale.observations(some).observer.as_measurement(some.obs) if scale.channels else None
+    if direct is not None:
+        return float(direct[1][direct[1].isfinite()].median())
+    std = noise(some) if guidance != "fused" and applies(data) else some.observer.std()
     return float(std.median()) / scale.std
 
 
@@ -110,9 +115,9 @@ def noise_range(data: Data) -> tuple[float, float]:
     """Least and largest standard deviation of the noise."""
     low, high = math.inf, 0.0
     for _, part in batches(data):
-        std = part.observer.noise_std
+        std = part.observer.std()
         low, high = min(low, float(std.min())), max(high, float(std.max()))
-        if std.ndim == 0 or std.shape[0] < len(part):
+        if std.shape[0] < len(part):
             break
     return low, high
 
@@ -181,8 +186,14 @@ def print_plan(data: Data, scale: Scale, plan: Plan, reasons: dict[str, str], ou
     walk = plan.walk
     first = "no measurement" if math.isinf(walk.tau_first) else f"{walk.tau_first * scale.std:.3g}"
     print(f"observations  {len(data)} of shape {data.shape} through {observer_name(data)}, noise_std {noise}")
+    if plan.level is not None:
+        print("noise         its level is estimated from the observations, and by EM in every iteration")
+    elif depends_on_signal(data):
+        print("noise         counts: its variance is taken from the last samples in every iteration")
     source = "of the prior it starts from" if plan.init_prior else "estimated from the observations"
     print(f"data          mean {scale.mean:.4g}, std {scale.std:.4g}, {source}")
+    if scale.channels:
+        print("channels      " + ", ".join(f"mean {mean:.4g}, std {std:.4g}" for mean, std in scale.channels))
     print(f"start         {plan.start.kind}: {reasons['start']}")
     print(f"guidance      {walk.guidance}: {reasons['guidance']}")
     print(

@@ -55,19 +55,23 @@ class Prior(NamedTuple):
 
 
 def choose_network(shape: tuple[int, ...], maps: bool = False) -> dict[str, Any]:
-    """A network for data of this shape: a U-Net for images of at least 8 x 8 with at most 16 channels, else an MLP.
+    """A network for data of this shape: a U-Net for images of at least 8 x 8, volumes of at least 8 x 8 x 8 and series of at least 64 entries, with
+    at most 16 channels (series: fewer than 8), else an MLP. A volume has four axes, the first its channels; a vector has no order and gets an MLP.
 
     Args:
         shape: S.
         maps: Whether noise levels differ between the entries of a datum.
 
     Returns:
-        Arguments for `build_network`; about 0.6 million parameters for a U-Net.
+        Arguments for `build_network`; about 0.6 million parameters for a U-Net of images.
     """
-    side = min(shape[-2:]) if len(shape) in (2, 3) else 0
-    if side < 8 or (len(shape) == 3 and shape[0] > 16):
+    series = len(shape) == 2 and shape[0] < 8 and shape[1] >= 64
+    dims = 1 if series else len(shape) - 1 if len(shape) > 2 else 2
+    side = min(shape[-dims:]) if len(shape) in (2, 3, 4) else 0
+    if side < 8 or (len(shape) > 2 and shape[0] > 16):
         return {"kind": "mlp", "width": 128, "blocks": 3}
-    return {"kind": "unet", "widths": [32, 64, 128] + [128] * (side >= 64), "patch": 2 if side >= 16 else 1, "maps": maps}
+    widths = ([16, 32, 64] if dims == 3 else [32, 64, 128]) + [128] * (side >= 64)
+    return {"kind": "unet", "widths": widths, "patch": 2 if side >= 16 else 1, "maps": maps} | ({} if dims == 2 else {"dims": dims})
 
 
 def build_network(shape: tuple[int, ...], kind: str, base: int = 0, **options: Any) -> Denoiser:
@@ -75,8 +79,8 @@ def build_network(shape: tuple[int, ...], kind: str, base: int = 0, **options: A
 
     Args:
         shape: S.
-        kind: "unet" or "mlp", or one of `models.KINDS`, which have no base.
-        base: Components of a base mixture, to be filled by `with_base` or from a file; 0 for none.
+        kind: "unet" or "mlp", or one of `models.KINDS`.
+        base: Components of the base mixture of a pooled MDAE, to be filled by `with_base` or from a file; 0 for none.
         options: Arguments of `nn.UNet` or `nn.MLP`, or of `models.build_model`.
 
     Raises:
@@ -95,11 +99,12 @@ def build_network(shape: tuple[int, ...], kind: str, base: int = 0, **options: A
 def set_precision(denoiser: Denoiser, device: str) -> Denoiser:
     """Run the convolutional backbone of an MDAE in bfloat16 where the hardware computes in it; returns the denoiser.
 
-    Energies stay in float32: their score is a difference of large terms.
+    Energies stay in float32: their score is a difference of large terms. So do volumes: the backward pass of torch 2.15's three-dimensional
+    convolutions in bfloat16 on a CPU was seen to give NaN.
     """
     if not isinstance(denoiser, (MDAE, ChannelMDAE)):
         return denoiser
-    conv = isinstance(denoiser.backbone, (UNet, U2Net))
+    conv = isinstance(denoiser.backbone, (UNet, U2Net)) and getattr(denoiser.backbone, "dims", 2) < 3
     cpu = device == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     denoiser.bf16 = bool(conv and (cpu or (device == "cuda" and torch.cuda.is_bf16_supported())))
     return denoiser
@@ -132,7 +137,7 @@ def load_prior(path: Path, device: str = "cpu") -> Prior:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         denoiser = build_network(tuple(about["shape"]), **about["network"])
         denoiser.load_state_dict(weights)
-        scale = Scale(*map(float, about["scale"]))
+        scale = Scale.of(about["scale"])
         prior = Prior(denoiser, scale, tuple(about["shape"]), float(about["tau_last"]), about["network"])
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UsageError(f"{path}: not a prior that emdiff {emdiff.__version__} can read ({str(error).splitlines()[0]})") from error

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from emdiff.cli import dashes, main
+from observers import REGISTRY
 
 SMALL = ["--train.steps", "20", "--train.start-steps", "30", "--walk.levels", "6", "--wandb", "off", "--device", "cpu"]
 COV = np.array([[1.0, 0.6, 0.0], [0.6, 1.0, 0.3], [0.0, 0.3, 0.5]])
@@ -159,6 +160,15 @@ def test_shipped_configurations_are_valid(name, capsys):
     assert stop.value.code == 0
     for key, value in wanted.items():
         assert shown[key] == value if not isinstance(value, dict) else all(shown[key][k] == v for k, v in value.items())
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "configs" / "observe").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_recipe_of_every_observer_makes_observations(path):
+    np.savez("clean.npz", x=np.random.default_rng(0).normal(size=(6, 16, 12)).astype("float32"))
+    main(["observe", "--config", str(path), "--data", "clean.npz", "--out", "obs.npz"])
+    with np.load("obs.npz") as made:
+        assert str(made["observer"]) == path.stem and len(made["obs"]) == 6 and np.isfinite(made["obs"]).all()
+    assert {p.stem for p in path.parent.glob("*.yaml")} == set(REGISTRY)
 
 
 def test_help_imports_no_torch():

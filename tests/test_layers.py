@@ -9,12 +9,12 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors", "streams", "settings", "meanings", "charts", "console", "flow", "chain_figures", "classifier"},
     {"files", "rows", "measurement", "linalg", "checks"},
-    {"archive", "written", "data", "denoise", "langevin", "printing"},
+    {"archive", "written", "data", "denoise", "langevin", "printing", "parameters"},
     {"stored"},
     {"observations"},
     {"accumulate", "guidance", "gaussian", "deconvolution"},
     {"mixture"},
-    {"nn", "mdae", "components", "scale", "metrics", "calibration", "features", "verdict", "start", "training", "objectives"},
+    {"nn", "mdae", "components", "scale", "noise", "identify", "metrics", "calibration", "features", "verdict", "start", "training", "objectives"},
     {"basewalk", "shrink", "paper_nets", "poisson"},
     {"mem"},
     {"muvb"},
@@ -26,7 +26,7 @@ LAYERS = [
     {"track", "evaluate", "strips", "train"},
     {"evidence"},
     {"report", "plan", "train_plan"},
-    {"commands", "commands_prior"},
+    {"commands", "check", "commands_prior"},
     {"cli_prior"},
     {"cli"},
 ]
