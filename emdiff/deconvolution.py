@@ -52,16 +52,18 @@ class Whitened(NamedTuple):
 
 def whitened(data: Observations) -> Whitened:
     """Observations of vectors with their operators in full."""
-    shape, d = data.shape, math.prod(data.shape)
-    rows = data.observer.count or 1
-    eye = torch.eye(d, dtype=data.obs.dtype, device=data.obs.device)
-    columns = [data.observer.forward(e.reshape(1, *shape).expand(rows, *shape)).flatten(1) for e in eye]
-    std = data.observer.std().expand(rows, *data.obs.shape[1:]).flatten(1).double()
-    seen = data.observer.observed().expand(rows, *data.obs.shape[1:]).flatten(1)
-    weight = seen / std
-    constant = -(seen * (std.log() + 0.5 * math.log(2 * math.pi))).sum(1)
-    A = torch.stack(columns, dim=-1).double() * weight[..., None]
-    return Whitened(A, data.obs.flatten(1).double() * weight, constant.expand(len(data.obs)))
+    shape, d, observer = data.shape, math.prod(data.shape), data.observer
+    rows, O = observer.count or 1, data.obs.shape[1:]
+    basis = lambda size, axes: torch.eye(size, dtype=data.obs.dtype, device=data.obs.device).reshape(size, 1, *axes).expand(-1, rows, *axes)  # noqa: E731
+    A = torch.stack([observer.whiten(observer.forward(e)).flatten(1) for e in basis(d, shape)], dim=-1).double()
+    seen = observer.observed().expand(rows, *O).flatten(1)
+    if observer.noise.diagonal:
+        log_det = -(seen * observer.std().expand(rows, *O).flatten(1).double().log()).sum(1)
+    else:
+        W = torch.stack([observer.whiten(e).flatten(1) for e in basis(math.prod(O), O)], dim=-1).double()
+        log_det = torch.linalg.slogdet(W + torch.diag_embed((~seen).double()))[1]
+    constant = log_det - 0.5 * math.log(2 * math.pi) * seen.sum(1)
+    return Whitened(A, observer.whiten(data.obs).flatten(1).double(), constant.expand(len(data.obs)))
 
 
 class Mixture(NamedTuple):

@@ -16,7 +16,8 @@ from exact_gaussian import DIM, Moments, log_likelihood, maximum_likelihood, pro
 
 from emdiff.deconvolution import Mixture, Whitened, clipped, expect, fit, maximise, pack, split, unpack, whitened  # noqa: E402
 from emdiff.observations import Observations  # noqa: E402
-from observers import Projection  # noqa: E402
+from observers import Identity, Projection  # noqa: E402
+from observers.correlated import Full  # noqa: E402
 
 N, D, J = 7, 3, 2
 MODEL = Mixture(torch.tensor([0.3, 0.7], dtype=torch.float64), normal(J, D, seed=20), torch.stack([covariance(D, 1), covariance(D, 2)]))
@@ -54,6 +55,16 @@ def test_an_iteration_is_that_of_bayes_rule_datum_by_datum(name: str) -> None:
         second = sum(w * (p[j][1] + np.outer(p[j][0], p[j][0])) for w, p in zip(share, parts))
         torch.testing.assert_close(after.means[j], torch.from_numpy(mean))
         torch.testing.assert_close(after.covs[j], torch.from_numpy(second - np.outer(mean, mean)))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_correlated_noise_is_whitened_with_its_covariance(shared: bool) -> None:
+    """log p(obs) of one Gaussian, against the dense law; one covariance for all, or one for each datum."""
+    cov = torch.stack([covariance(D, seed=30 + i) for i in range(1 if shared else N)])
+    data = Observations(normal(N, D, seed=31), Identity((D,), Full(cov)))
+    one = Mixture(torch.ones(1, dtype=torch.float64), MODEL.means[:1], MODEL.covs[:1])
+    law = torch.distributions.MultivariateNormal(MODEL.means[0], MODEL.covs[0] + cov.expand(N, D, D))
+    torch.testing.assert_close(expect(one, whitened(data)).log_likelihood, law.log_prob(data.obs))
 
 
 def test_data_that_share_an_operator_are_treated_as_if_each_had_its_own() -> None:
