@@ -36,14 +36,16 @@ COPIED = ("start", "round_*", "figures", "metrics.jsonl", "best.json")
 Config = dict[str, Any]
 
 
-def differences(path: Path, config: Config, about: dict[str, Any], given: Config, defaults: Config) -> dict[str, tuple[Any, Any]]:
-    """What keeps a run from being continued: by name, what it was started with and what it would be now."""
+def differences(
+    path: Path, config: Config, about: dict[str, Any], given: Config, defaults: Config, free: tuple[str, ...] = FREE
+) -> dict[str, tuple[Any, Any]]:  # fmt: skip
+    """What keeps a run from being continued: by name, what it was started with and what it would be now; `free` settings do not."""
     before, then = read_yaml(path / "config.yaml"), read_json(path / "about.json") if (path / "about.json").is_file() else {}
     now, user, default = (_flat(c) for c in (config, given, defaults))
     old = _flat(before)
     found = {}
     for name, value in now.items():
-        if name.split(".")[0] in FREE:
+        if name.split(".")[0] in free:
             continue
         if name in old and old[name] != value:
             found[name] = (old[name], value)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -115,7 +116,7 @@ def check_yaml(text: str) -> None:
 
 def _known_class(name: str) -> bool:
     """Whether a class named in a configuration is one of emdiff's own."""
-    return name.removeprefix("observers.recipes.").isidentifier()
+    return re.sub(r"^observers\.(recipes|instruments)\.", "", name).isidentifier()
 
 
 def guarded(load: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -25,7 +25,7 @@ import torch
 import yaml
 
 from emdiff.archive import open_archive
-from emdiff.changes import Config, differences, refuse, versions
+from emdiff.changes import FREE, Config, differences, refuse, versions
 from emdiff.errors import UsageError
 from emdiff.files import remove_leftovers, sha256, write_json, write_text
 from emdiff.lock import Lock
@@ -48,8 +48,9 @@ class Run:
     Args:
         path: The folder; made if it does not exist.
         config: The resolved configuration, plain values.
-        observations: The observations file.
+        observations: The observations file, or the fingerprint of what is learned from.
         needed: Bytes that the samples of all rounds will take.
+        free: Settings that may change when the run is continued.
         given: The configuration before it was resolved, and
         defaults: what it is where the user says nothing: a setting that an older run does not know had its default there.
         say: Told of what is odd and not wrong.
@@ -60,17 +61,18 @@ class Run:
     """
 
     def __init__(
-        self, path: Path, config: Config, observations: Path, needed: int = 0, given: Config | None = None, defaults: Config | None = None,
-        say: Callable[[str], None] = print,
+        self, path: Path, config: Config, observations: Path | str, needed: int = 0, given: Config | None = None, defaults: Config | None = None,
+        say: Callable[[str], None] = print, free: tuple[str, ...] = FREE,
     ) -> None:  # fmt: skip
         self.path = path
         _check_space(path, needed)
-        about = {**versions(), "threads": torch.get_num_threads(), "observations_sha256": sha256(observations)}
+        identity = observations if isinstance(observations, str) else sha256(observations)
+        about = {**versions(), "threads": torch.get_num_threads(), "observations_sha256": identity}
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path}: --out is a file; give a folder")
         continues = (path / "config.yaml").is_file()
         if continues:
-            refuse(path, differences(path, config, about, given or config, defaults or config))
+            refuse(path, differences(path, config, about, given or config, defaults or config, free))
         elif path.is_dir() and any(p.name not in ("lock", ".lock.guard") for p in path.iterdir()):
             raise UsageError(f"{path}: --out is a folder that is not empty and holds no emdiff run; give a new folder")
         try:
@@ -98,7 +100,7 @@ class Run:
             if before.get(name, about[name]) != about[name]:
                 say(f"note: this run was at {name} {before[name]}, now {about[name]}: rounds may differ in rounding")
         if self.finished() >= 0:
-            for name in ("prior.safetensors", "samples.npy", "chains.npy"):
+            for name in ("prior.safetensors", "memory.safetensors", "samples.npy", "chains.npy"):
                 if (self.round_path(self.finished()) / name).is_file():
                     check_sum(self.round_path(self.finished()) / name)
             self._write_table()
@@ -241,7 +243,7 @@ def latest_prior(run: Path) -> Path:
         UsageError: if the folder is missing, has no finished round, or the file is not the one that was written.
     """
     if not run.is_dir():
-        raise UsageError(f"{run}: there is no such run folder; give the one that `emdiff fit` named in its last line")
+        raise UsageError(f"{run}: there is no such run folder; give the one that `emdiff fit` or `emdiff train` named in its last line")
     done = [p.parent for p in sorted(run.glob("round_*/metrics.json")) if (p.parent / "prior.safetensors").is_file()]
     if not done:
         raise UsageError(f"{run}: this run has no finished round yet; run `emdiff fit` to its first round")
@@ -264,7 +266,7 @@ def round_metrics(run: Path) -> list[dict[str, Any]]:
         UsageError: if the folder is missing, has no finished round, or its figures cannot be read.
     """
     if not run.is_dir():
-        raise UsageError(f"{run}: there is no such run folder; give the one that `emdiff fit` named in its last line")
+        raise UsageError(f"{run}: there is no such run folder; give the one that `emdiff fit` or `emdiff train` named in its last line")
     rounds: list[dict[str, Any]] = []
     while (path := run / (f"round_{len(rounds):03d}" if rounds else "start") / "metrics.json").is_file():
         rounds.append({**read_json(path), "iter": len(rounds)})

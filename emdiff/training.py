@@ -8,6 +8,9 @@ The moving average forgets over a fifth of the training, min(decay, (1 + i)/(10 
 known beforehand the rate falls to 0: what is left of the noise of the gradients would enter every sample of the next E-step, and the
 prior's variance would creep up from iteration to iteration (docs/method.md).
 
+A training that is done in parts hands its memory from one part to the next: weights, average, the optimiser's state, the number of steps
+taken. Length, rate and average are then those of the whole.
+
 A training that is stopped leaves a state (checkpoint) from which it goes on as if nothing had happened: weights, average, the optimiser's moments,
 the generators, the losses. One whose loss diverges goes back to the last good average, with a rate RETREAT times lower, at most TRIES times.
 
@@ -33,6 +36,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from emdiff import interrupt
 from emdiff.checkpoint import State, grouped, load_state, save_state
 from emdiff.errors import FitFailed
+from emdiff.memory import Memory, Optimiser
 
 Loss = Callable[[nn.Module, Tensor, torch.Generator], Tensor]
 
@@ -57,7 +61,8 @@ class Trained(NamedTuple):
         steps: Steps taken.
         loss: Mean loss of the last tenth of the steps.
         held_out: Best held-out loss, or None.
-        retreats: Times the loss diverged and the rate was lowered.
+        retreats: Times the loss diverged and the rate was lowered, in all parts.
+        memory: What the next part of a training in parts continues from.
     """
 
     denoiser: nn.Module
@@ -65,6 +70,7 @@ class Trained(NamedTuple):
     loss: float
     held_out: float | None
     retreats: int = 0
+    memory: Memory | None = None
 
 
 class Indices(IterableDataset):
@@ -83,24 +89,53 @@ class Indices(IterableDataset):
 
 
 class Learner(pl.LightningModule):
-    """The denoiser in training, its loss and its moving average; `resumed` is the state it goes on from."""
+    """The denoiser in training, its loss and its moving average.
 
-    def __init__(self, denoiser: nn.Module, loss: Loss, rate: float, steps: int, anneal: bool, seed: int, resumed: State | None = None) -> None:
+    Args:
+        denoiser: Where to start from; trained itself.
+        loss: As in `train`.
+        optimiser: As in `train`; its rate is divided by RETREAT for each retreat.
+        steps: Steps of all parts.
+        seed: Seeds the draws.
+        memory: What an earlier part left.
+        resumed: The state within this part that it goes on from.
+    """
+
+    def __init__(
+        self, denoiser: nn.Module, loss: Loss, optimiser: Optimiser, steps: int, seed: int, memory: Memory | None = None, resumed: State | None = None
+    ) -> None:
         super().__init__()
         self.denoiser, self.average = denoiser.requires_grad_(True), copy.deepcopy(denoiser)
-        self.loss_function, self.rate, self.steps, self.anneal, self.seed, self.resumed = loss, rate, steps, anneal, seed, resumed
+        self.loss_function, self.steps, self.seed, self.resumed = loss, steps, seed, resumed
+        self.first, self.retreats, self.risen, self.slots = 0, 0, 0, dict[str, Tensor]()
         self.losses: list[Tensor] = []
-        self.risen = 0
+        if memory is not None:
+            self._take(memory.weights, memory.average, memory.slots)
+            self.first, self.retreats, self.risen = memory.step, memory.retreats, memory.risen
         if resumed is not None:
-            self.denoiser.load_state_dict(resumed.group("weights"))
-            self.average.load_state_dict(resumed.group("average"))
-            self.losses, self.risen = list(resumed.tensors["losses"]), resumed.numbers["risen"]
+            self._take(*map(resumed.group, ("weights", "average", "slots")))
+            self.losses, self.risen, self.retreats = list(resumed.tensors["losses"]), resumed.numbers["risen"], resumed.numbers["retreats"]
+        self.optimiser = optimiser._replace(rate=optimiser.rate / RETREAT**self.retreats)
+
+    def _take(self, weights: dict[str, Tensor], average: dict[str, Tensor], slots: dict[str, Tensor]) -> None:
+        """Go on from these."""
+        self.denoiser.load_state_dict(weights)
+        self.average.load_state_dict(average)
+        self.slots = slots
+
+    def done(self) -> int:
+        """Steps taken in all parts."""
+        return self.first + len(self.losses)
 
     def on_fit_start(self) -> None:
-        """Seed the draws on the device that trains."""
+        """Seed the draws on the device that trains, and those of networks that draw themselves, such as MUVB its latent variables."""
         self.draws = torch.Generator(self.device).manual_seed(self.seed)
+        torch.manual_seed(self.seed)
         if self.resumed is not None:
             self.draws.set_state(self.resumed.tensors["draws"])
+            torch.set_rng_state(self.resumed.tensors["global"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(self.resumed.tensors["global_cuda"], self.device)
         self.losses = [loss.to(self.device) for loss in self.losses]
 
     def training_step(self, index: Tensor, step: int) -> Tensor:
@@ -110,33 +145,53 @@ class Learner(pl.LightningModule):
         return loss
 
     def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
-        """Move the average."""
-        i = len(self.losses)
+        """Move the average; buffers, such as the singular vectors of a spectral normalisation, are taken as they are."""
+        i = self.done()
         weight = 1 - min(1 - 5 / max(self.steps, 10), (1 + i) / (10 + i))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), list(self.denoiser.parameters()), weight)
+            for mine, theirs in zip(self.average.buffers(), self.denoiser.buffers()):
+                mine.copy_(theirs)
 
     def configure_optimizers(self):
-        """Adam; the rate rises over WARMUP steps, from 0 again after a divergence, and falls linearly to 0 if `anneal`."""
-        self.optimizer = torch.optim.Adam(self.denoiser.parameters(), lr=self.rate)
-        slots = {} if self.resumed is None else self.resumed.group("slots")
-        for i, parameter in enumerate(self.denoiser.parameters()):
-            mine = {key.partition("/")[2]: value for key, value in slots.items() if key.startswith(f"{i}/")}
+        """Adam or SGD; the rate rises over WARMUP steps, from 0 again after a divergence, and falls linearly to 0 if it is annealed."""
+        how, parameters = self.optimiser, list(self.denoiser.parameters())
+        optimizer = (
+            torch.optim.Adam(parameters, lr=how.rate) if how.name == "adam" else torch.optim.SGD(parameters, lr=how.rate, momentum=how.momentum)
+        )
+        for i, parameter in enumerate(parameters):
+            mine = {key.partition("/")[2]: value for key, value in self.slots.items() if key.startswith(f"{i}/")}
             if mine:  # in the layout of the parameter, for the sake of the last bit
-                self.optimizer.state[parameter] = {k: torch.empty_like(parameter).copy_(v) if v.ndim else v for k, v in mine.items()}
-        first = len(self.losses)
-        fall = lambda i: 1 - i / self.steps if self.anneal else 1.0
+                optimizer.state[parameter] = {k: torch.empty_like(parameter).copy_(v) if k != "step" else v.clone() for k, v in mine.items()}
+        first = self.done()
+        fall = lambda i: 1 - i / self.steps if how.anneal else 1.0
         rise = lambda i: min(1.0, (i - self.risen + 1) / WARMUP)
-        schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda i: rise(first + i) * fall(first + i))
-        return {"optimizer": self.optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rise(first + i) * fall(first + i))
+        self.moved = optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def remember(self) -> Memory:
+        """What the next part continues from, on the CPU."""
+        host = lambda state: {name: value.detach().cpu().clone() for name, value in state.items()}
+        return Memory(
+            self.done(), host(self.denoiser.state_dict()), host(self.average.state_dict()), host(self._moments()), self.retreats, self.risen
+        )  # fmt: skip
+
+    def _moments(self) -> dict[str, Tensor]:
+        """The optimiser's tensors, as PARAMETER/NAME."""
+        if not hasattr(self, "moved"):
+            return self.slots
+        slots = ((i, self.moved.state[p]) for i, p in enumerate(self.denoiser.parameters()) if p in self.moved.state)
+        return {f"{i}/{name}": value for i, slot in slots for name, value in slot.items() if value is not None}
 
     def state(self, of: str) -> State:
         """All that the steps to come depend on."""
-        slots = {f"{i}/{name}": v for i, p in enumerate(self.denoiser.parameters()) for name, v in self.optimizer.state[p].items()}
-        tensors = grouped(weights=self.denoiser.state_dict(), average=self.average.state_dict(), slots=slots)
+        tensors = grouped(weights=self.denoiser.state_dict(), average=self.average.state_dict(), slots=self._moments())
         losses = torch.stack(self.losses).cpu() if self.losses else torch.zeros(0)
-        tensors |= {"losses": losses, "draws": self.draws.get_state()}
-        return State(of, {"risen": self.risen, "rate": self.rate}, tensors)
+        tensors |= {"losses": losses, "draws": self.draws.get_state(), "global": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            tensors["global_cuda"] = torch.cuda.get_rng_state(self.device)
+        return State(of, {"risen": self.risen, "retreats": self.retreats}, tensors)
 
 
 class HeldOut(pl.Callback):
@@ -192,9 +247,9 @@ class Watch(pl.Callback):
         good: The average and the number of steps at the end of the last window that was not divergent.
     """
 
-    def __init__(self, learner: Learner, held_out: HeldOut | None, path: Path | None, of: str, retreats: int, first: float | None) -> None:
-        self.held_out, self.path, self.of, self.retreats = held_out, path, of, retreats
-        self.first, self.level, self.clock = first, first, interrupt.Clock()
+    def __init__(self, learner: Learner, held_out: HeldOut | None, path: Path | None, of: str) -> None:
+        self.held_out, self.path, self.of = held_out, path, of
+        self.first, self.level, self.clock = None, None, interrupt.Clock()
         self.good = (len(learner.losses), copy.deepcopy(learner.average.state_dict()))
 
     def on_train_start(self, trainer, module) -> None:
@@ -235,7 +290,7 @@ class Watch(pl.Callback):
             return
         state = module.state(self.of)
         numbers, tensors = self.held_out.remembered() if self.held_out else ({}, {})
-        numbers |= {"level": self.level, "first": self.first, "retreats": self.retreats, "good": self.good[0]}
+        numbers |= {"level": self.level, "first": self.first, "good": self.good[0]}
         save_state(self.path, State(self.of, state.numbers | numbers, state.tensors | tensors | grouped(good=self.good[1])))
 
     def resume(self, state: State) -> None:
@@ -255,6 +310,9 @@ def train(
     device: str = "cpu",
     progress: Callable[[int, float], None] = lambda step, loss: None,
     checkpoint: Path | None = None,
+    optimiser: Optimiser | None = None,
+    memory: Memory | None = None,
+    total: int | None = None,
     say: Callable[[str], None] = print,
 ) -> Trained:
     """Train a copy of a denoiser.
@@ -263,7 +321,7 @@ def train(
         denoiser: Where to start from; not changed.
         loss: (denoiser, index (B,), generator) -> scalar.
         count: Number of data N; indices are 0..N-1.
-        steps: Most steps.
+        steps: Most steps, of this part.
         batch: Data per step.
         rate: Learning rate of Adam.
         seed: Seeds order and draws.
@@ -271,6 +329,9 @@ def train(
         device: "cpu" or "cuda".
         progress: Called with the step and its loss.
         checkpoint: File for the state of this training, from which it goes on if it is there; None saves nothing.
+        optimiser: Replaces `rate`; Adam with a rate that falls to 0, unless held-out data end the training, if None.
+        memory: What an earlier part of this training left; None at its beginning.
+        total: Steps of all parts; `steps` if None.
         say: Told in one line of each divergence.
 
     Returns:
@@ -279,56 +340,60 @@ def train(
     Raises:
         FitFailed: if the loss diverges once more after TRIES lower rates.
     """
-    of = f"{count} {steps} {batch} {rate} {seed} {held_out}"
+    optimiser = optimiser or Optimiser(rate=rate, anneal=not held_out)
+    of = f"{count} {steps} {batch} {tuple(optimiser)} {seed} {held_out} {total or steps} {memory.step if memory else 0}"
     state = load_state(checkpoint, of)
     while True:
-        learner = Learner(copy.deepcopy(denoiser), loss, state.numbers["rate"] if state else rate, steps, not held_out, seed, state)
+        learner = Learner(copy.deepcopy(denoiser), loss, optimiser, total or steps, seed, memory, state)
         end = HeldOut(torch.arange(count - held_out, count), every=100, patience=4) if held_out else None
-        watch = Watch(learner, end, checkpoint, of, state.numbers["retreats"] if state else 0, None)
+        watch = Watch(learner, end, checkpoint, of)
         for part in (watch, end) if state else ():
             if part is not None:
                 part.resume(state)
         try:
-            return _trained(learner, [*([end] if end else []), watch, Reporter(progress)], end, watch, count - held_out, batch, device)
+            return _trained(learner, [*([end] if end else []), watch, Reporter(progress)], end, watch, count - held_out, steps, batch, device)
         except Diverged as error:
             state = _retreated(learner, watch, error, of, say)
 
 
 def _trained(
-    learner: Learner, callbacks: list[pl.Callback], end: HeldOut | None, watch: Watch, count: int, batch: int, device: str
+    learner: Learner, callbacks: list[pl.Callback], end: HeldOut | None, watch: Watch, count: int, steps: int, batch: int, device: str
 ) -> Trained:  # fmt: skip
     """Run a training to its end."""
-    left = learner.steps - len(learner.losses)
+    left = steps - len(learner.losses)
     if left and not (end and len(learner.losses) - end.best_step >= end.patience * end.every):
         order = torch.Generator().manual_seed(learner.seed ^ 1)
-        loader = DataLoader(Indices(torch.arange(count), batch, order, len(learner.losses)), batch_size=None)
-        _trainer(left, device, callbacks).fit(learner, loader)
+        loader = DataLoader(Indices(torch.arange(count), batch, order, len(learner.losses)), batch_size=None, generator=torch.Generator())
+        _trainer(left, device, callbacks, learner.optimiser.clip).fit(learner, loader)
         watch.look(learner)
         watch.save(learner)
-    losses = torch.stack(learner.losses)
+    losses, memory = torch.stack(learner.losses), learner.remember()
     if end and end.weights is not None:
         learner.average.load_state_dict(end.weights)
     tail = float(losses[-max(1, len(losses) // 10) :].mean())
-    return Trained(learner.average.to(device).eval().requires_grad_(False), len(losses), tail, end.best if end else None, watch.retreats)
+    denoiser = learner.average.to(device).eval().requires_grad_(False)
+    return Trained(denoiser, len(losses), tail, end.best if end else None, learner.retreats, memory)
 
 
 def _retreated(learner: Learner, watch: Watch, error: Diverged, of: str, say: Callable[[str], None]) -> State:
     """The state after a divergence: the last good average as weights, a lower rate, fresh moments and draws."""
     step, average = watch.good
-    rate = learner.rate / RETREAT
-    if watch.retreats >= TRIES:
-        raise FitFailed(
-            f"{error} at step {len(learner.losses)}, rate {learner.rate:g}, and did so {TRIES} times before at higher rates; lower --train.rate"
-        )
-    say(f"note: {error} at step {len(learner.losses)}; back to the average of step {step}, rate {learner.rate:g} -> {rate:g}")
-    draws = torch.Generator(learner.draws.device).manual_seed(learner.seed + watch.retreats + 1).get_state()
-    tensors = grouped(weights=average, average=average, good=average) | (watch.held_out.remembered()[1] if watch.held_out else {})
-    tensors |= {"losses": torch.stack(learner.losses).cpu()[:step], "draws": draws}
-    numbers = {"risen": step, "rate": rate, "level": watch.level, "first": watch.first, "retreats": watch.retreats + 1, "good": step}
-    return State(of, numbers | (watch.held_out.remembered()[0] if watch.held_out else {}), tensors)
+    rate = learner.optimiser.rate
+    if learner.retreats >= TRIES:
+        raise FitFailed(f"{error} at step {learner.done()}, rate {rate:g}, and did so {TRIES} times before at higher rates; lower --train.rate")
+    begun = learner.first + step
+    say(f"note: {error} at step {learner.done()}; back to the average of step {begun}, rate {rate:g} -> {rate / RETREAT:g}")
+    seed = learner.seed + learner.retreats + 1
+    numbers, best = watch.held_out.remembered() if watch.held_out else ({}, {})
+    tensors = grouped(weights=average, average=average, good=average) | best | {"losses": torch.stack(learner.losses).cpu()[:step]}
+    fresh = lambda device: torch.Generator(device).manual_seed(seed).get_state()
+    tensors |= {"draws": fresh(learner.draws.device), "global": fresh("cpu")}
+    if learner.draws.device.type == "cuda":
+        tensors["global_cuda"] = fresh(learner.draws.device)
+    return State(of, {"risen": begun, "level": watch.level, "first": watch.first, "retreats": learner.retreats + 1, "good": step} | numbers, tensors)
 
 
-def _trainer(steps: int, device: str, callbacks: list[pl.Callback]) -> pl.Trainer:
+def _trainer(steps: int, device: str, callbacks: list[pl.Callback], clip: float) -> pl.Trainer:
     """A silent trainer: emdiff reports progress and writes its own files."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
@@ -337,7 +402,7 @@ def _trainer(steps: int, device: str, callbacks: list[pl.Callback]) -> pl.Traine
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=1,
         callbacks=callbacks,
-        gradient_clip_val=1.0,
+        gradient_clip_val=clip,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -9,6 +9,7 @@ import contextlib
 import io
 import math
 import os
+import secrets
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -25,8 +26,8 @@ from emdiff.rows import Index, Rows, at_offset, of_npy
 
 
 def temporary_name(path: Path) -> Path:
-    """A hidden name next to path, of this process's own."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A hidden name next to path that nobody can foresee."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
 @contextlib.contextmanager
@@ -66,7 +67,8 @@ class NewArray:
             self.offset, self.bytes = header.tell(), math.prod(self.shape[1:]) * self.dtype.itemsize
             if lasting and path.is_file():
                 os.replace(path, self.temporary)
-            self.file = self.temporary.open("r+b" if lasting and self.temporary.is_file() else "w+b")
+            anew = 0 if lasting else os.O_EXCL  # nobody's link is followed
+            self.file = os.fdopen(os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | anew, 0o666), "r+b")
             self.found = self.file.read(self.offset) == header.getvalue()
             if not self.found:
                 self.file.truncate(0)
@@ -142,7 +144,7 @@ class NewArchive:
         with said(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._clear()
-            self.file = h5py.File(self.temporary, "w") if self.kind in (".h5", ".hdf5") else None
+            self.file = h5py.File(self.temporary, "x") if self.kind in (".h5", ".hdf5") else None
         return self
 
     def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
