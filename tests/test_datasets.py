@@ -9,7 +9,6 @@ from PIL import Image
 
 from emdiff.datasets import open_dataset
 from emdiff.errors import UsageError
-from emdiff.scale import Scale
 from emdiff.train import Standardised, measure_scale
 
 RNG = np.random.default_rng(0)
