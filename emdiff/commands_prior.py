@@ -108,6 +108,8 @@ def chain_command(
     """`emdiff sample --chain`."""
     device = resolve_device(device)
     prior = load_prior(latest_prior(run), device)
+    if prior.scale.channels:
+        raise UsageError(f"{run}: this prior standardises each channel by itself, so one sigma is not one M-density; sample it without --chain")
     own = own_levels(prior)
     if own is not None and sigma is not None:
         raise UsageError(f"--sigma {sigma:g}: this prior was made for its own levels, {', '.join(f'{s:.4g}' for s in own[:8])}; leave --sigma out")

@@ -229,7 +229,7 @@ def em_round(k: int, data: Data, scale: Scale, plan: Plan, run: Run, listener: L
     prior = load_prior(run.round_path(k - 1) / "prior.safetensors", plan.device)
     clock, store = time.perf_counter(), lambda name, shape: run.scratch(k, name, shape)
     walk, relax = plan.walk, k > 1 and over_relaxes(k, plan, run.metrics(k - 1)["sample_std"], scale)
-    based = prior.denoiser.base is not None
+    based = getattr(prior.denoiser, "base", None) is not None
     if k == 1 and not based:
         x = run.array(0, "samples").map(scale.standardise)
         draws, level = Draws(x, x, 0.0), None if plan.level is None else run.metrics(0)["noise_std"]

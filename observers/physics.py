@@ -37,6 +37,7 @@ class Physics(Observer):
     physics: Any
     seen_as: ClassVar[tuple[int, ...]] = ()
     made: ClassVar[tuple[int, ...]] = ()
+    place: tuple[torch.device, torch.dtype] = (torch.device("cpu"), torch.float32)
 
     def __init__(self, shape: tuple[int, ...], noise: Noise | Tensor, **parameters: Tensor) -> None:
         if tuple(shape) != self.seen_as and (1, *shape) != self.seen_as:
@@ -50,17 +51,17 @@ class Physics(Observer):
 
     def forward(self, x: Tensor) -> Tensor:
         """physics.A, from (B, *S) to (B, *O)."""
-        return self.physics.A(x.reshape(len(x), *self.seen_as), **self._parameters())
+        return self._placed(x).A(x.reshape(len(x), *self.seen_as), **self._parameters())
 
     def adjoint(self, w: Tensor) -> Tensor:
         """physics.A_adjoint, from (B, *O) to (B, *S)."""
-        return self.physics.A_adjoint(w, **self._parameters()).reshape(len(w), *self.shape)
+        return self._placed(w).A_adjoint(w, **self._parameters()).reshape(len(w), *self.shape)
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Observer:
-        """As in the base, with the tensors of the physics."""
-        changed = super().to(device, dtype)
-        changed.physics = copy.deepcopy(self.physics).to(device=device, dtype=dtype)
-        return changed
+    def _placed(self, like: Tensor) -> Any:
+        """The physics where the data are, in their precision; a copy of its own where it has to move."""
+        if self.place != (like.device, like.dtype):
+            self.physics, self.place = copy.deepcopy(self.physics).to(device=like.device, dtype=like.dtype), (like.device, like.dtype)
+        return self.physics
 
     def _parameters(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.array_names}

@@ -31,10 +31,10 @@ from torch import Tensor
 from emdiff.chain import ChainWalk, own_levels, run_chain
 from emdiff.chain_figures import ChainFigures
 from emdiff.classifier import digit_classifier
-from emdiff.denoise import MixtureDenoiser
 from emdiff.figures import save_fields, save_rows, save_samples
 from emdiff.files import write_json
 from emdiff.measurement import measure
+from emdiff.mixture import MixtureDenoiser
 from emdiff.models import fixed_levels
 from emdiff.nn import MLP
 from emdiff.objectives import errors
