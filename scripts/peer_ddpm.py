@@ -2,7 +2,7 @@ r"""The peer's E-step, done again on a denoiser of emdiff: DDPM with moment-matc
 
 For levels sigma_0 > sigma_1 > ... > sigma_T, geometric, and f the posterior's denoiser,
 
-    x_s = x_t - (1 - (sigma_s/sigma_t)^2) (x_t - f(x_t)) + sigma_s (1 - (sigma_s/sigma_t)^2)^(1/2) eps,      the result is the denoised x_T,
+    x_s = x_t - (1 - (sigma_s/sigma_t)^2) (x_t - f(x_t)) + sigma_s (1 - (sigma_s/sigma_t)^2)^(1/2) eps,      the result is f(x_T),
     f(x_t) = xhat + V At v,   (cov_obs + A V At) v = obs - A xhat  by conjugate gradients from 0,   V u = sigma_t^2 (d xhat / d x_t)' u.
 
 A step costs one evaluation and, for i iterations, i + 1 vector-Jacobian products. Inner products are each datum's own; the published code shares
@@ -65,7 +65,7 @@ def ddpm_sample(
         steps: Steps T from TAU_FIRST to sigma_last.
         iterations: Of conjugate gradients per step.
         generator: Source of randomness.
-        sigma_last: The last level; there the prior's denoiser, unguided, has the last word.
+        sigma_last: The last level.
         batch: Data at once.
 
     Returns:
@@ -79,5 +79,5 @@ def ddpm_sample(
             share = 1 - (s / t) ** 2
             eps = torch.randn(xt.shape, generator=generator, dtype=xt.dtype, device=xt.device)
             xt = xt - share * (xt - guided(prior_denoiser, data, xt, t, iterations)) + s * math.sqrt(share) * eps
-        done.append(prior_denoiser.xhat(xt[:, None], xt.new_tensor([sigma_last])))
+        done.append(guided(prior_denoiser, data, xt, sigmas[-1], iterations))
     return torch.cat(done)
