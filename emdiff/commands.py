@@ -109,7 +109,7 @@ def fit_command(config: Config) -> None:
     fixed = {} if truth is None else {"truth": truth[:12]}
     console = Console(run, tracker, fixed | ({"observation": data.obs[:12]} if data.obs.shape[1:] == data.shape else {}))
     try:
-        run_fit(data, scale, plan, run, console, (lambda x: truth_figures(x, truth)) if truth is not None else (lambda x: {}))
+        run_fit(data, scale, plan, run, console, (lambda x, rows: truth_figures(x, truth[rows])) if truth is not None else (lambda x, rows: {}))
     finally:
         console.close()
         tracker.artifact(out / "report.html")

@@ -28,6 +28,9 @@ from emdiff.streams import stream, stream_seed
 from emdiff.training import Trained, train
 from emdiff.verdict import best_iteration, should_stop
 
+Rows = Tensor | slice
+"""Indices (n,), int64, or a slice: some of the observations."""
+
 GAUSSIAN_ITERATIONS = 20
 """EM iterations of the Gaussian start, where it has no closed form."""
 
@@ -48,6 +51,7 @@ class Plan(NamedTuple):
         steps: Training steps of an M-step.
         batch: Data per training step.
         rate: Learning rate.
+        refresh: Observations walked anew in each iteration from the second on, in turn; the others keep their last pair, chain and jump. 0 for all.
         relax: Last iteration that may over-relax; it does so if the samples' spread exceeds the data's.
         prior_samples: Prior samples drawn per round for figures.
         seed: Seed of everything random.
@@ -63,6 +67,7 @@ class Plan(NamedTuple):
     steps: int = 700
     batch: int = 128
     rate: float = 2e-3
+    refresh: int = 0
     relax: int = 0
     prior_samples: int = 500
     seed: int = 0
@@ -88,7 +93,7 @@ def run_fit(
     plan: Plan,
     run: Run,
     listener: Listener,
-    evaluate: Callable[[Tensor], dict[str, float]] = lambda x: {},
+    evaluate: Callable[[Tensor, Rows], dict[str, float]] = lambda x, rows: {},
 ) -> Prior:
     """Fit a prior, continuing whatever the run folder holds.
 
@@ -98,7 +103,7 @@ def run_fit(
         plan: Settings.
         run: The run folder.
         listener: Told of phases and rounds.
-        evaluate: Figures of samples (N, *S) that only the caller can compute, such as errors against a truth.
+        evaluate: Figures of samples x (n, *S) of the observations `rows`, which only the caller can compute, such as errors against a truth.
 
     Returns:
         The prior of the last round, or of the best where plan.stop.
@@ -119,7 +124,8 @@ def run_fit(
             drawn = sample_prior(prior, plan.prior_samples, stream(plan.seed, "prior samples", k, device=plan.device), progress=bar)
             pictures["prior"] = drawn[:64]
             metrics |= prior_figures(data, drawn, stream(plan.seed, "figures", k))
-        metrics |= {"iter": k, **sample_figures(data, x), **evaluate(x), "seconds": time.perf_counter() - clock}
+        rows = refreshed(k, len(data), plan)
+        metrics |= {"iter": k, **sample_figures(data.rows(rows), x[rows]), **evaluate(x[rows], rows), "seconds": time.perf_counter() - clock}
         run.finish(k, metrics)
         listener.round(k, metrics, pictures)
     run.choose(best_iteration(run.history()) if plan.stop else None)
@@ -170,23 +176,29 @@ def em_round(k: int, data: Observations, scale: Scale, plan: Plan, run: Run, lis
     """One E-step and one M-step: samples x (N, *S), the new prior, figures; data standardised. Leaves the chains in the folder."""
     prior = load_prior(run.round_path(k - 1) / "prior.safetensors", plan.device)
     clock = time.perf_counter()
+    rows = refreshed(k, len(data), plan)
     walk, relax = plan.walk, k > 1 and over_relaxes(k, plan, run.metrics(k - 1)["sample_std"], scale)
     if k == 1:
         x = scale.standardise(run.array(0, "samples"))
         draws = Draws(x, x, 0.0)
     else:
-        bar = listener.phase(f"round {k}: E-step", len(data))
+        some, generator = data.rows(rows), stream(plan.seed, "e-step", k, device=plan.device)
+        bar = listener.phase(f"round {k}: E-step", len(some))
         walk = walk._replace(tau_last=walk.tau_relax) if relax else walk
         chains, bound = run.array(k - 1, "chains"), run.metrics(0)["bound"]
         if walk.pool:
             chains = restart(prior, data, chains, walk.pool, walk.tau_first, stream(plan.seed, "pool", k, device=plan.device))
-        draws = e_step(prior.denoiser, data, chains, walk, stream(plan.seed, "e-step", k, device=plan.device), bound, bar, plan.walk.tau_last)
+        draws = e_step(prior.denoiser, some, chains[rows], walk, generator, bound, bar, plan.walk.tau_last)
         draws = over_relaxed(draws) if relax else draws
     eps = torch.randn(draws.y.shape, generator=stream(plan.seed, "chains", k))
-    chains = draws.y + math.sqrt(max(plan.walk.tau_last**2 - draws.tau**2, 0.0)) * eps
+    ends = draws.y + math.sqrt(max(plan.walk.tau_last**2 - draws.tau**2, 0.0)) * eps
+    x, pairs = draws.x if draws.sample is None else draws.sample, drawn(draws)
+    if isinstance(rows, Tensor):
+        good, before = ~draws.kept, scale.standardise(run.array(k - 1, "samples"))
+        ends, x = chains.index_copy(0, rows[good], ends[good]), before.index_copy(0, rows[good], x[good])
+        pairs = Draws(ends, x, plan.walk.tau_last)
     seconds_e, clock = time.perf_counter() - clock, time.perf_counter()
-    run.save_array(k, "chains", chains)
-    pairs = drawn(draws)
+    run.save_array(k, "chains", ends)
     maps = level_maps(data) if plan.walk.guidance == "fused" else None
     loss = PairLoss(pairs, plan.walk.tau_last, maps)
     steps = plan.start_steps if k == 1 and (plan.start.kind == "gaussian" or maps is not None) else plan.steps
@@ -203,7 +215,15 @@ def em_round(k: int, data: Observations, scale: Scale, plan: Plan, run: Run, lis
         "seconds_e": seconds_e,
         "seconds_m": time.perf_counter() - clock,
     }
-    return draws.x if draws.sample is None else draws.sample, prior._replace(denoiser=trained.denoiser), metrics
+    return x, prior._replace(denoiser=trained.denoiser), metrics
+
+
+def refreshed(k: int, count: int, plan: Plan) -> Rows:
+    """The observations that round k walks anew: all, or from round 2 on the next plan.refresh of them in an order drawn once."""
+    if k < 2 or not 0 < plan.refresh < count:
+        return slice(0, count)
+    order = torch.randperm(count, generator=stream(plan.seed, "refresh"))
+    return order[((k - 2) * plan.refresh + torch.arange(plan.refresh)) % count]
 
 
 def over_relaxes(k: int, plan: Plan, sample_std: float, scale: Scale) -> bool:

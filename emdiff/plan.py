@@ -68,9 +68,12 @@ def make_plan(config: Config, data: Observations, scale: Scale, device: str) -> 
     if relax and not tau_first > walk["tau_relax"]:
         raise UsageError(f"--walk.tau-relax {walk['tau_relax']:g} is not below --walk.tau-first {tau_first:g}; lower it, or give --relax 0")
     network = choose_network(data.shape, guidance == "fused" and level_maps(data) is not None)
+    refresh = default_refresh(len(data), guidance, network["kind"], device) if train["refresh"] is None else train["refresh"]
+    if refresh and guidance != "fused":
+        raise UsageError(f"--train.refresh {refresh}: chains take turns with fused guidance only, and this is {guidance}; give 0")
     steps = train["steps"] or default_steps(len(data), device, network["kind"])
     plan = Plan(
-        config["iters"], start, chosen, network, train["start_steps"], steps, train["batch"], train["rate"], relax,
+        config["iters"], start, chosen, network, train["start_steps"], steps, train["batch"], train["rate"], refresh, relax,
         seed=config["seed"], device=device, stop=config["stop"] == "auto",
     )  # fmt: skip
     return plan, {"start": start.reason, "guidance": reason}
@@ -90,6 +93,12 @@ def default_tau_last(noise: float) -> float:
 def default_relax(noise: float, tau_relax: float) -> int:
     """No limit where the noise hides what over-relaxation removes, directions of variance below tau_relax^2; none where it does not."""
     return NO_LIMIT if noise > 2 * tau_relax else 0
+
+
+def default_refresh(count: int, guidance: str, network: str, device: str) -> int:
+    """A quarter of the observations, at least 2000, where walks start anew and are slow; 0, which is all, elsewhere or where that is all."""
+    turn = max(2000, -(-count // 4))
+    return turn if (guidance, network, device) == ("fused", "unet", "cpu") and turn < count else 0
 
 
 def default_steps(count: int, device: str, network: str) -> int:
@@ -114,6 +123,7 @@ def check_ranges(walk: Config, train: Config, relax: int | None) -> None:
         ("--train.start-steps", train["start_steps"], 1, 10**8),
         ("--train.batch", train["batch"], 1, 10**6),
         ("--train.rate", train["rate"], 1e-8, 1.0),
+        ("--train.refresh", train["refresh"], 0, 10**9),
         ("--relax", relax, 0, 10**6),
     ]
     for flag, value, low, high in rules:
@@ -125,7 +135,7 @@ def resolved_config(config: Config, plan: Plan) -> Config:
     """The configuration with nothing left open, in the form that `emdiff fit --config` reads."""
     walk = {k: v for k, v in plan.walk._asdict().items() if k != "guidance"}
     walk["tau_first"] = None if math.isinf(plan.walk.tau_first) else plan.walk.tau_first
-    train = {"steps": plan.steps, "start_steps": plan.start_steps, "batch": plan.batch, "rate": plan.rate}
+    train = {"steps": plan.steps, "start_steps": plan.start_steps, "batch": plan.batch, "rate": plan.rate, "refresh": plan.refresh}
     chosen = {"start": plan.start.kind, "guidance": plan.walk.guidance, "relax": plan.relax, "device": plan.device}
     return {**config, **chosen, "walk": walk, "train": train}
 
@@ -150,6 +160,8 @@ def print_plan(data: Observations, scale: Scale, plan: Plan, reasons: dict[str, 
     print(
         f"walk          {walk.levels} levels from {first} to {walk.tau_last * scale.std:.3g} (in the data's units), {walk.steps} Langevin steps each"
     )
+    if plan.refresh:
+        print(f"turns         {plan.refresh} observations are walked anew in each iteration; the M-step keeps the last pairs of the others")
     if walk.pool:
         print(f"chains        restart in every iteration from {walk.pool} prior samples, resampled by each observation's likelihood")
     print(f"prior         {plan.network['kind']}, {plan.steps} steps of {plan.batch} per M-step, on {plan.device}")
