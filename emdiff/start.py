@@ -27,8 +27,8 @@ from emdiff.denoise import Denoiser
 from emdiff.linalg import lanczos_sqrt
 from emdiff.observations import Observations
 
-LANCZOS = 8
-"""Products for V^(1/2)."""
+LANCZOS = 4
+"""Products for V^(1/2): on 400 noisy digits, 3 to 12 gave first samples of the same error, chi2 and std within the noise of the draws."""
 
 
 class Choice(NamedTuple):

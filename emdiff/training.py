@@ -137,6 +137,7 @@ def train(
     held_out: int = 0,
     device: str = "cpu",
     progress: Callable[[int, float], None] = lambda step, loss: None,
+    anneal: bool = True,
 ) -> Trained:
     """Train a copy of a denoiser.
 
@@ -151,6 +152,7 @@ def train(
         held_out: Data set aside, the last ones; their loss ends the training and chooses its weights. 0 trains for all steps.
         device: "cpu" or "cuda".
         progress: Called with the step and its loss.
+        anneal: Let the rate fall to 0 over `steps`.
 
     Returns:
         Trained; its denoiser is the moving average, on `device`, in eval mode.
@@ -159,7 +161,7 @@ def train(
         FloatingPointError: if the loss stops being finite.
     """
     index = torch.arange(count - held_out)
-    learner = Learner(copy.deepcopy(denoiser), loss, rate, steps, anneal=not held_out, seed=seed)
+    learner = Learner(copy.deepcopy(denoiser), loss, rate, steps, anneal=anneal, seed=seed)
     callbacks: list[pl.Callback] = [Reporter(progress)]
     if held_out:
         callbacks.append(HeldOut(torch.arange(count - held_out, count), every=100, patience=4))
