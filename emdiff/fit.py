@@ -23,7 +23,7 @@ from emdiff.pool import restart
 from emdiff.prior import Prior, build_network, load_prior, sample_prior, save_prior, set_precision
 from emdiff.runs import Run, latest_prior
 from emdiff.scale import Scale
-from emdiff.start import Choice, first_samples, recorrupt, self_supervised_loss
+from emdiff.start import Choice, first_samples, hidden_variance, recorrupt, self_supervised_loss
 from emdiff.streams import stream, stream_seed
 from emdiff.training import Trained, train
 from emdiff.verdict import best_iteration, should_stop
@@ -137,10 +137,14 @@ def start_round(data: Observations, scale: Scale, plan: Plan, run: Run, listener
     torch.manual_seed(stream_seed(plan.seed, "network"))
     denoiser = set_precision(build_network(data.shape, **plan.network), plan.device)
     metrics: dict[str, Any] = {"start": plan.start.kind}
+    v = 0.0
     if plan.start.kind == "self-supervised":
         trained = train_start(denoiser, data, plan, listener)
         denoiser = trained.denoiser
         metrics |= {"start_steps": trained.steps, "start_held_out": trained.held_out}
+        if level_maps(data) is not None:
+            new = data.rows(slice(len(data) - min(held_out(len(data)), 2000), len(data))).to(plan.device)
+            metrics["hidden_variance"] = v = hidden_variance(denoiser, new, stream(plan.seed, "hidden variance", device=plan.device))
     gaussian = None
     if plan.start.kind == "gaussian":
         bar = listener.phase("start: Gaussian EM", GAUSSIAN_ITERATIONS)
@@ -152,7 +156,7 @@ def start_round(data: Observations, scale: Scale, plan: Plan, run: Run, listener
         if plan.start.kind == "gaussian":
             parts.append(condition(gaussian, batch.observer, batch.obs, draw).x.cpu())
         else:
-            parts.append(first_samples(denoiser, batch, draw).cpu())
+            parts.append(first_samples(denoiser, batch, draw, v).cpu())
         bar(min(i + plan.walk.batch, len(data)))
     x = torch.cat(parts)
     metrics["bound"] = 2 * float(x.abs().max())
@@ -169,7 +173,12 @@ def train_start(denoiser: MDAE, data: Observations, plan: Plan, listener: Listen
 
     bar = listener.phase("start: self-supervised training", plan.start_steps)
     seed = stream_seed(plan.seed, "self-supervised")
-    return train(denoiser, loss, len(data), plan.start_steps, plan.batch, plan.rate, seed, max(1, len(data) // 10), plan.device, bar)
+    return train(denoiser, loss, len(data), plan.start_steps, plan.batch, plan.rate, seed, held_out(len(data)), plan.device, bar)
+
+
+def held_out(count: int) -> int:
+    """Observations that the start's training is not shown, the last ones."""
+    return max(1, count // 10)
 
 
 def em_round(k: int, data: Observations, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Tensor, Prior, dict[str, Any]]:
