@@ -26,13 +26,14 @@ from emdiff.scale import Scale
 from emdiff.start import Choice, first_samples, hidden_variance, recorrupt, self_supervised_loss
 from emdiff.streams import stream, stream_seed
 from emdiff.training import Trained, train
+from emdiff.turns import Rows, in_place, on_turn
 from emdiff.verdict import best_iteration, should_stop
-
-Rows = Tensor | slice
-"""Indices (n,), int64, or a slice: some of the observations."""
 
 GAUSSIAN_ITERATIONS = 20
 """EM iterations of the Gaussian start, where it has no closed form."""
+
+PRIOR_LEVELS = 32
+"""Levels of the prior samples that each round's figures and pictures are made of."""
 
 SPREAD = 1.005
 """An iteration over-relaxes if the last samples' std exceeds the data's own, estimated from the observations, by this factor."""
@@ -121,10 +122,10 @@ def run_fit(
         pictures = {"samples": x[:64]}
         if k:
             bar = listener.phase(f"round {k}: prior samples", plan.prior_samples)
-            drawn = sample_prior(prior, plan.prior_samples, stream(plan.seed, "prior samples", k, device=plan.device), progress=bar)
-            pictures["prior"] = drawn[:64]
-            metrics |= prior_figures(data, drawn, stream(plan.seed, "figures", k))
-        rows = refreshed(k, len(data), plan)
+            fresh = sample_prior(prior, plan.prior_samples, stream(plan.seed, "prior samples", k, device=plan.device), PRIOR_LEVELS, progress=bar)
+            pictures["prior"] = fresh[:64]
+            metrics |= prior_figures(data, fresh, stream(plan.seed, "figures", k))
+        rows = on_turn(k, len(data), plan.refresh, plan.seed)
         metrics |= {"iter": k, **sample_figures(data.rows(rows), x[rows]), **evaluate(x[rows], rows), "seconds": time.perf_counter() - clock}
         run.finish(k, metrics)
         listener.round(k, metrics, pictures)
@@ -185,7 +186,7 @@ def em_round(k: int, data: Observations, scale: Scale, plan: Plan, run: Run, lis
     """One E-step and one M-step: samples x (N, *S), the new prior, figures; data standardised. Leaves the chains in the folder."""
     prior = load_prior(run.round_path(k - 1) / "prior.safetensors", plan.device)
     clock = time.perf_counter()
-    rows = refreshed(k, len(data), plan)
+    rows = on_turn(k, len(data), plan.refresh, plan.seed)
     walk, relax = plan.walk, k > 1 and over_relaxes(k, plan, run.metrics(k - 1)["sample_std"], scale)
     if k == 1:
         x = scale.standardise(run.array(0, "samples"))
@@ -203,8 +204,7 @@ def em_round(k: int, data: Observations, scale: Scale, plan: Plan, run: Run, lis
     ends = draws.y + math.sqrt(max(plan.walk.tau_last**2 - draws.tau**2, 0.0)) * eps
     x, pairs = draws.x if draws.sample is None else draws.sample, drawn(draws)
     if isinstance(rows, Tensor):
-        good, before = ~draws.kept, scale.standardise(run.array(k - 1, "samples"))
-        ends, x = chains.index_copy(0, rows[good], ends[good]), before.index_copy(0, rows[good], x[good])
+        ends, x = in_place(rows[~draws.kept], (ends, x), ~draws.kept, (chains, scale.standardise(run.array(k - 1, "samples"))))
         pairs = Draws(ends, x, plan.walk.tau_last)
     seconds_e, clock = time.perf_counter() - clock, time.perf_counter()
     run.save_array(k, "chains", ends)
@@ -225,14 +225,6 @@ def em_round(k: int, data: Observations, scale: Scale, plan: Plan, run: Run, lis
         "seconds_m": time.perf_counter() - clock,
     }
     return x, prior._replace(denoiser=trained.denoiser), metrics
-
-
-def refreshed(k: int, count: int, plan: Plan) -> Rows:
-    """The observations that round k walks anew: all, or from round 2 on the next plan.refresh of them in an order drawn once."""
-    if k < 2 or not 0 < plan.refresh < count:
-        return slice(0, count)
-    order = torch.randperm(count, generator=stream(plan.seed, "refresh"))
-    return order[((k - 2) * plan.refresh + torch.arange(plan.refresh)) % count]
 
 
 def over_relaxes(k: int, plan: Plan, sample_std: float, scale: Scale) -> bool:

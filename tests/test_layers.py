@@ -12,7 +12,7 @@ LAYERS = [
     {"archive", "denoise", "langevin", "printing"},
     {"observations"},
     {"accumulate", "guidance", "gaussian"},
-    {"nn", "mdae", "scale", "metrics", "calibration", "features", "verdict", "start", "training"},
+    {"nn", "mdae", "scale", "metrics", "calibration", "features", "verdict", "start", "training", "turns"},
     {"prior", "runs"},
     {"em", "pool"},
     {"posterior"},

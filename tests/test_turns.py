@@ -10,19 +10,17 @@ from test_cli import SMALL, here, refused, vectors  # noqa: F401
 
 from emdiff.cli import main
 from emdiff.em import PairLoss, Walk
-from emdiff.fit import Plan, refreshed
 from emdiff.plan import default_refresh
-from emdiff.start import Choice
+from emdiff.turns import on_turn
 
 TURNS = ["--train.refresh", "60", *SMALL]
 
 
 @pytest.mark.parametrize(("count", "turn"), [(100, 25), (10, 3), (7, 7), (5, 8), (6, 0)])
 def test_turns_visit_every_observation_equally_often(count, turn):
-    plan = Plan(10, Choice("gaussian", ""), Walk(), {}, refresh=turn)
     everyone = torch.arange(count)
-    assert torch.equal(everyone[refreshed(1, count, plan)], everyone)
-    rounds = [everyone[refreshed(k, count, plan)] for k in range(2, 2 + count)]
+    assert torch.equal(everyone[on_turn(1, count, turn, 0)], everyone)
+    rounds = [everyone[on_turn(k, count, turn, 0)] for k in range(2, 2 + count)]
     visits = torch.cat(rounds).bincount(minlength=count)
     assert (visits == (turn if 0 < turn < count else count)).all()
     assert all(len(r) == len(r.unique()) for r in rounds)
@@ -33,9 +31,8 @@ def test_observations_keep_their_sample_until_their_turn_and_figures_are_of_the_
     main(["fit", "--observations", "obs.npz", "--iters", "3", "--out", "run", *TURNS])
     truth, samples = np.load("obs.npz")["x"], [np.load(f"run/{name}/samples.npy") for name in ("start", "round_001", "round_002", "round_003")]
     np.testing.assert_allclose(samples[1], samples[0], atol=1e-5)
-    plan = Plan(3, Choice("gaussian", ""), Walk(), {}, refresh=60)
     for k in (2, 3):
-        new = refreshed(k, 200, plan).numpy()
+        new = on_turn(k, 200, 60, 0).numpy()
         old = np.setdiff1d(np.arange(200), new)
         np.testing.assert_allclose(samples[k][old], samples[k - 1][old], atol=1e-5)
         assert (np.abs(samples[k][new] - samples[k - 1][new]).max(1) > 1e-3).all()
@@ -56,7 +53,7 @@ def test_the_m_step_trains_on_the_pairs_of_all(monkeypatch):
     monkeypatch.setattr("emdiff.fit.PairLoss", Recorded)
     vectors("obs.npz")
     main(["fit", "--observations", "obs.npz", "--iters", "3", "--out", "run", *TURNS])
-    old = np.setdiff1d(np.arange(200), refreshed(3, 200, Plan(3, Choice("", ""), Walk(), {}, refresh=60)).numpy())
+    old = np.setdiff1d(np.arange(200), on_turn(3, 200, 60, 0).numpy())
     first, second, third = seen
     assert len(first.x) == len(second.x) == len(third.x) == 200 and first.tau == 0 and second.tau == third.tau == Walk().tau_last
     torch.testing.assert_close(third.y[old], second.y[old])
