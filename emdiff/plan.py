@@ -96,9 +96,8 @@ def default_relax(noise: float, tau_relax: float) -> int:
 
 
 def default_refresh(count: int, guidance: str, network: str, device: str) -> int:
-    """A quarter of the observations, at least 2000, where walks start anew and are slow; 0, which is all, elsewhere or where that is all."""
-    turn = max(2000, -(-count // 4))
-    return turn if (guidance, network, device) == ("fused", "unet", "cpu") and turn < count else 0
+    """A quarter of more than 5000 observations where walks start anew and are slow; 0, which is all, elsewhere."""
+    return -(-count // 4) if (guidance, network, device) == ("fused", "unet", "cpu") and count > 5000 else 0
 
 
 def default_steps(count: int, device: str, network: str) -> int:
