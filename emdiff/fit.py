@@ -47,13 +47,13 @@ class Plan(NamedTuple):
         start: The start, decided.
         walk: The E-step.
         network: Arguments of `build_network`.
-        start_steps: Most training steps of the self-supervised start; those of the first M-step after a Gaussian one, which trained no
-            network, or with levels per entry, most of which the start has not seen.
+        start_steps: Most training steps of the self-supervised start; those of the first M-step after a Gaussian one (`first_steps`).
         steps: Training steps of an M-step.
         batch: Data per training step.
         rate: Learning rate.
         refresh: Observations walked anew in each iteration from the second on, in turn; the others keep their last pair, chain and jump. 0 for all.
         relax: Last iteration that may over-relax; it does so if the samples' spread exceeds the data's.
+        maps: Whether observations are fused whose levels differ between entries or data.
         prior_samples: Prior samples drawn per round for figures.
         seed: Seed of everything random.
         device: "cpu" or "cuda".
@@ -70,6 +70,7 @@ class Plan(NamedTuple):
     rate: float = 2e-3
     refresh: int = 0
     relax: int = 0
+    maps: bool = False
     prior_samples: int = 500
     seed: int = 0
     device: str = "cpu"
@@ -143,7 +144,7 @@ def start_round(data: Observations, scale: Scale, plan: Plan, run: Run, listener
         trained = train_start(denoiser, data, plan, listener)
         denoiser = trained.denoiser
         metrics |= {"start_steps": trained.steps, "start_held_out": trained.held_out}
-        if level_maps(data) is not None:
+        if plan.maps:
             new = data.rows(slice(len(data) - min(held_out(len(data)), 2000), len(data))).to(plan.device)
             metrics["hidden_variance"] = v = hidden_variance(denoiser, new, stream(plan.seed, "hidden variance", device=plan.device))
     gaussian = None
@@ -177,6 +178,14 @@ def train_start(denoiser: MDAE, data: Observations, plan: Plan, listener: Listen
     return train(denoiser, loss, len(data), plan.start_steps, plan.batch, plan.rate, seed, held_out(len(data)), plan.device, bar)
 
 
+def first_steps(plan: Plan) -> int:
+    """Steps of the first M-step: plan.start_steps where the start trained no network, or none of the many maps of levels; where later ones are
+    short, since observations take turns, two of them, for the levels below the observations' noise that the network has not met."""
+    if plan.start.kind == "gaussian" or plan.maps:
+        return plan.start_steps
+    return 2 * plan.steps if plan.refresh else plan.steps
+
+
 def held_out(count: int) -> int:
     """Observations that the start's training is not shown, the last ones."""
     return max(1, count // 10)
@@ -208,9 +217,8 @@ def em_round(k: int, data: Observations, scale: Scale, plan: Plan, run: Run, lis
         pairs = Draws(ends, x, plan.walk.tau_last)
     seconds_e, clock = time.perf_counter() - clock, time.perf_counter()
     run.save_array(k, "chains", ends)
-    maps = level_maps(data) if plan.walk.guidance == "fused" else None
-    loss = PairLoss(pairs, plan.walk.tau_last, maps)
-    steps = plan.start_steps if k == 1 and (plan.start.kind == "gaussian" or maps is not None) else plan.steps
+    loss = PairLoss(pairs, plan.walk.tau_last, level_maps(data) if plan.maps else None)
+    steps = first_steps(plan) if k == 1 else plan.steps
     bar = listener.phase(f"round {k}: M-step", steps)
     seed = stream_seed(plan.seed, "m-step", k)
     trained = train(prior.denoiser, loss, len(pairs.x), steps, plan.batch, plan.rate, seed, device=plan.device, progress=bar)

@@ -12,7 +12,7 @@ import torch
 
 from emdiff.em import Walk, choose_guidance
 from emdiff.errors import UsageError
-from emdiff.fit import Plan, level_maps
+from emdiff.fit import Plan, first_steps, level_maps
 from emdiff.gaussian import DENSE
 from emdiff.observations import Observations
 from emdiff.pool import applies, noise
@@ -67,14 +67,15 @@ def make_plan(config: Config, data: Observations, scale: Scale, device: str) -> 
     relax = config["relax"] if config["relax"] is not None else default_relax(relative, walk["tau_relax"])
     if relax and not tau_first > walk["tau_relax"]:
         raise UsageError(f"--walk.tau-relax {walk['tau_relax']:g} is not below --walk.tau-first {tau_first:g}; lower it, or give --relax 0")
-    network = choose_network(data.shape, guidance == "fused" and level_maps(data) is not None)
+    maps = guidance == "fused" and level_maps(data) is not None
+    network = choose_network(data.shape, maps)
     refresh = default_refresh(len(data), guidance, network["kind"], device) if train["refresh"] is None else train["refresh"]
     if refresh and guidance != "fused":
         raise UsageError(f"--train.refresh {refresh}: chains take turns with fused guidance only, and this is {guidance}; give 0")
-    steps = train["steps"] or default_steps(len(data), device, network["kind"])
+    steps = train["steps"] or default_steps(refresh // 2 or len(data), device, network["kind"])
     plan = Plan(
         config["iters"], start, chosen, network, train["start_steps"], steps, train["batch"], train["rate"], refresh, relax,
-        seed=config["seed"], device=device, stop=config["stop"] == "auto",
+        maps=maps, seed=config["seed"], device=device, stop=config["stop"] == "auto",
     )  # fmt: skip
     return plan, {"start": start.reason, "guidance": reason}
 
@@ -96,12 +97,13 @@ def default_relax(noise: float, tau_relax: float) -> int:
 
 
 def default_refresh(count: int, guidance: str, network: str, device: str) -> int:
-    """A quarter of more than 5000 observations where walks start anew and are slow; 0, which is all, elsewhere."""
-    return -(-count // 4) if (guidance, network, device) == ("fused", "unet", "cpu") and count > 5000 else 0
+    """A fifth of more than 5000 observations where walks start anew and are slow; 0, which is all, elsewhere."""
+    return -(-count // 5) if (guidance, network, device) == ("fused", "unet", "cpu") and count > 5000 else 0
 
 
 def default_steps(count: int, device: str, network: str) -> int:
-    """Steps of an M-step: about 20 passes over the data, at least 200, at most 4000 on a GPU, and on a CPU 400, or 2000 for an MLP."""
+    """Steps of an M-step: about 20 passes over the data (10 over those whose turn it is), at least 200, at most 4000 on a GPU, and on a CPU 400, or
+    2000 for an MLP."""
     return int(min(max(200, 20 * count / 128), 4000 if device == "cuda" else 2000 if network == "mlp" else 400))
 
 
@@ -163,7 +165,7 @@ def print_plan(data: Observations, scale: Scale, plan: Plan, reasons: dict[str, 
         print(f"turns         {plan.refresh} observations are walked anew in each iteration; the M-step keeps the last pairs of the others")
     if walk.pool:
         print(f"chains        restart in every iteration from {walk.pool} prior samples, resampled by each observation's likelihood")
-    print(f"prior         {plan.network['kind']}, {plan.steps} steps of {plan.batch} per M-step, on {plan.device}")
+    print(f"prior         {plan.network['kind']}, {plan.steps} steps of {plan.batch} per M-step, {first_steps(plan)} in the first, on {plan.device}")
     limit = "" if plan.relax == NO_LIMIT else f", up to iteration {plan.relax}"
     relaxed = f"over-relaxed where the samples spread more than the data do{limit}" if plan.relax else "exact"
     print(f"iterations    {plan.iters}; {relaxed}")

@@ -48,7 +48,7 @@ class TrainSettings:
         batch: Data per step.
         rate: Learning rate of Adam.
         refresh: Observations walked anew in each iteration, in turn; the M-step trains on all, with the last pair of those it is not the turn of.
-            0 for all. Unset: a quarter of more than 5000 images whose observations are fused on a CPU, else all.
+            0 for all. Unset: a fifth of more than 5000 images whose observations are fused on a CPU, else all.
     """
 
     steps: Optional[int] = None

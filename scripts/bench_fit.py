@@ -1,7 +1,7 @@
 """How long until EM is nearly as good as training on clean digits? `emdiff fit` against the EM of diffusion-priors. One JSON line at the end.
 
     python scripts/bench_fit.py                   10,000 noisy digits, n = .5: up to 8 times as long for the peer as for emdiff
-    python scripts/bench_fit.py --cap 2           the peer gets twice emdiff's time
+    python scripts/bench_fit.py --cap 2           the peer gets twice emdiff's time; with 0 it has no part
     python scripts/bench_fit.py --quick           300 digits, short trainings: under a minute
 
 Both sides see the same observations, use the same network, batch and learning rate on the same number of threads, and are judged by the same figures
@@ -92,7 +92,7 @@ def clean_trained(folder: Path, truth: Tensor, scale: Scale, tau_last: float, st
     """The prior of the target, trained once and kept."""
     file = folder / f"clean-{len(truth)}-{steps}.safetensors"
     if not file.is_file():
-        torch.manual_seed(stream_seed(0, "clean"))
+        torch.manual_seed(stream_seed(0, "network"))
         network = choose_network((28, 28))
         x = scale.standardise(truth)
         denoiser = set_precision(build_network((28, 28), **network), "cpu")
@@ -190,7 +190,7 @@ def main() -> None:
         show("emdiff", ours[-1])
     ours_at = reached(ours, target, True)
     limit = args.cap * (ours_at.seconds if ours_at else spent["total"])
-    for k, seconds, prior in peer(scale.observations(data), limit, args.peer_first, args.peer_steps):
+    for k, seconds, prior in () if args.cap == 0 else peer(scale.observations(data), limit, args.peer_first, args.peer_steps):
         theirs.append(judge(prior, seconds, k))
         show("peer", theirs[-1])
         if theirs[-1].reaches(target, False):
@@ -206,13 +206,13 @@ def report(
     """Print the summary, each minute, and the JSON line."""
     print(f"target: error {target:.4f}, {WITHIN} times the clean-trained prior's {clean.error:.4f}")
     print(f"emdiff: {'not reached' if ours_at is None else f'reached after {ours_at.seconds:.0f} s'}; the whole command {total:.0f} s")
-    best = min((row.error for row in theirs), default=math.nan)
-    print(f"peer:   {f'reached after {theirs_at.seconds:.0f} s' if theirs_at else f'not reached in {limit:.0f} s; least error {best:.4f}'}")
+    best = min((row.error for row in theirs), default=None)
+    print(f"peer:   {f'reached after {theirs_at.seconds:.0f} s' if theirs_at else f'not reached in {limit:.0f} s; least error {best}'}")
     by_minute = {"emdiff": minutes(ours), "peer": minutes(theirs) if theirs else []}
     for side, rows in by_minute.items():
         for row in rows:
             print(f"{side:<8}minute {row['minute']:3d}: iteration {row['iteration']:3d}, error {row['error']:.4f}, chi2 {row['chi2']:.3f}")
-    ratio = None if ours_at is None else ours_at.seconds / (theirs_at.seconds if theirs_at else limit)
+    ratio = None if ours_at is None or not theirs else ours_at.seconds / (theirs_at.seconds if theirs_at else limit)
     figures = {
         "count": args.count, "threads": torch.get_num_threads(), "clean_error": clean.error, "target_error": target, "seconds_total": total,
         "seconds_to_target": ours_at.seconds if ours_at else None, "error_at_target": ours_at.error if ours_at else None,
