@@ -13,9 +13,10 @@ no such form. But estimates from less tell how estimates deviate: with z_S a ran
 
     D = xhat(z) - xhat(z_S)   has mean 0 given z_S and covariance V_S - V, which has the structure of x | z: strokes that are there or not.
 
-x = xhat(z) +- c D with a random sign has mean xhat(z) given z; c makes its variance that of an entry, on average over data: v where the entry was
-not observed, the error of predicting hidden entries less their noise, measured without any truth; v n^2/(v + n^2) where it was, with noise n. White
-deviations of the same size tell unseen entries nothing of their neighbours, and cost more than they give (docs/method.md).
+x = xhat(z) +- c D with a random sign has mean xhat(z) given z; c makes the mean of its square that of an entry's posterior variance, both measured
+without any truth: where entries were not observed v, the error of predicting hidden entries less their noise; where they were the mean of
+sigma_z^2 - (z - xhat)^2, since E(z - x)^2 = sigma_z^2 for a sample x of x | z. White deviations of the same size tell unseen entries nothing of their
+neighbours, and cost more than they give (docs/method.md).
 
 gaussian, for any observer: exact samples of N(mean, S) given obs (gaussian).
 """
@@ -180,12 +181,13 @@ def _without(denoiser: Denoiser, z: Tensor, sigma_z: Tensor, hide: Tensor) -> Te
 
 @torch.no_grad()
 def _deviated(denoiser: Denoiser, z: Tensor, sigma_z: Tensor, v: float, generator: torch.Generator | None) -> Tensor:
-    """xhat(z) +- c D, shape (B, *S)."""
+    """xhat(z) +- c D, shape (B, *S); no deviation where v is 0."""
     xhat, seen = denoiser.xhat(z[:, None], sigma_z[:, None]), sigma_z.isfinite()
+    if v == 0:
+        return xhat
     D = xhat - _without(denoiser, z, sigma_z, seen & (_uniform(z, generator) < 0.5))
-    n2 = torch.where(seen, sigma_z.square(), math.inf)
-    wanted = torch.where(seen, v * n2 / (v + n2), v)
-    size = lambda part: D[part].square().mean().clamp(min=1e-12)  # noqa: E731
-    c = (wanted / torch.where(seen, size(seen), size(~seen))).sqrt()
+    at_seen = (sigma_z.square() - (z - xhat).square())[seen].mean().clamp(min=0)
+    c = lambda wanted, part: (wanted / D[part].square().mean().clamp(min=1e-12)).sqrt()  # noqa: E731
+    D = torch.where(seen, c(at_seen, seen), c(v, ~seen)) * D
     sign = torch.where(_uniform(z.flatten(1)[:, 0], generator) < 0.5, -1.0, 1.0).reshape(-1, *[1] * (z.ndim - 1))
-    return xhat + sign * c * D
+    return xhat + sign * D

@@ -178,19 +178,18 @@ def test_hidden_entries_tell_the_variance_of_an_entry_given_the_others() -> None
 
 
 def test_deviations_of_first_samples_have_the_stated_variance_and_the_structure_of_the_posterior() -> None:
-    prior, v, n = equicorrelated(0.8), 0.7, 0.3
-    data, seen = half_seen(prior, 20_000, n)
+    prior, v, n, count = equicorrelated(0.8), 0.7, 0.3, 40_000
+    data, seen = half_seen(prior, count, n)
     xhat, x = first_samples(prior, data), first_samples(prior, data, generator(9), v)
     gap = x - xhat
-    assert gap[~seen].square().mean().item() == pytest.approx(v, rel=1e-6)
-    assert gap[seen].square().mean().item() == pytest.approx(v * n**2 / (v + n**2), rel=1e-6)
-    assert (gap.mean(0).abs() < 5 * gap.std(0) / math.sqrt(len(gap))).all(), "the mean of a sample is the estimate"
-    unseen = gap[~seen].reshape(-1, 2)
     A = torch.eye(4, dtype=torch.float64)[:2]
     S = prior.covariance()
     V = S - S @ A.T @ torch.linalg.inv(A @ S @ A.T + n**2 * torch.eye(2, dtype=torch.float64)) @ A @ S
+    assert gap[~seen].square().mean().item() == pytest.approx(v, rel=1e-6)
+    assert gap[seen].square().mean().item() == pytest.approx(V[0, 0].item(), abs=5 * n**2 * math.sqrt(2 / (2 * count)))
+    assert (gap.mean(0).abs() < 5 * gap.std(0) / math.sqrt(count)).all(), "the mean of a sample is the estimate"
     belief = (V[2, 3] / V[2, 2]).item()
-    assert torch.corrcoef(unseen.T)[0, 1].item() > 0.9 > belief > 0.2, "one factor: what another measurement would move moves together"
+    assert torch.corrcoef(gap[~seen].reshape(-1, 2).T)[0, 1].item() > 0.9 > belief > 0.2, "one factor: what a measurement would move moves together"
 
 
 def test_first_samples_with_missing_entries_and_no_deviation_are_the_posterior_mean() -> None:
