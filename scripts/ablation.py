@@ -1,4 +1,4 @@
-"""What each part of EM's schedule is worth on MNIST: figures after each iteration and each minute, for every combination. Markdown tables and JSON lines.
+"""What each part of EM's schedule is worth on MNIST: figures and time after each iteration, for every combination. Markdown tables and JSON lines.
 
     python scripts/ablation.py --count 3000 --variants base turns short anchor        a table for each
     python scripts/ablation.py --observer mask --count 3000 --variants base short
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ from emdiff.metrics import residual_chi2
 from emdiff.observations import Observations
 from emdiff.prior import build_network, choose_network, set_precision
 from emdiff.scale import Scale, estimate_scale
-from emdiff.start import first_samples, recorrupt, self_supervised_loss
+from emdiff.start import first_samples, hidden_variance, recorrupt, self_supervised_loss
 from emdiff.streams import stream, stream_seed
 from emdiff.training import train
 from observers import Identity, Mask
@@ -41,12 +42,16 @@ HELD = 50_000
 """First training digit that no fit sees."""
 
 
+COLUMNS = ("error", "mean", "ratio", "chi2", "std", "held error", "held mean", "held ratio")
+
+
 class Variant(NamedTuple):
     """One combination.
 
     Attributes:
         start: "self-supervised" or "gaussian".
         anneal: Let the start's learning rate fall to 0.
+        deviate: Behind masks, give first samples their deviation; else they are estimates.
         turn: Share of the observations walked anew per iteration.
         keep: Train on the last pairs of the others too.
         steps: Steps of an M-step.
@@ -58,6 +63,7 @@ class Variant(NamedTuple):
 
     start: str = "self-supervised"
     anneal: bool = True
+    deviate: bool = True
     turn: float = 1.0
     keep: bool = True
     steps: int = 400
@@ -70,6 +76,7 @@ class Variant(NamedTuple):
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
     "constant rate": {"anneal": False},
+    "estimates": {"deviate": False},
     "gaussian": {"start": "gaussian"},
     "turns": {"turn": 0.25},
     "short": {"turn": 0.25, "steps": 200, "iters": 10},
@@ -127,7 +134,8 @@ class Setting:
 
     def start(self, v: Variant) -> tuple[MDAE, Tensor, float]:
         """Network, first samples (N, 28, 28) and the seconds they took; computed once for each kind."""
-        if (v.start, v.anneal) not in self.starts:
+        key = (v.start, v.anneal, v.deviate)
+        if key not in self.starts:
             clock, g = time.perf_counter(), stream(0, "first samples")
             denoiser, parts = self.network(), [self.data.rows(slice(i, i + 500)) for i in range(0, len(self.data), 500)]
             if v.start == "gaussian":
@@ -135,9 +143,11 @@ class Setting:
                 x = torch.cat([condition(gaussian, part.observer, part.obs, g).x for part in parts])
             else:
                 denoiser = self.self_supervised(denoiser, v.anneal)
-                x = torch.cat([first_samples(denoiser, part, g) for part in parts])
-            self.starts[v.start, v.anneal] = denoiser, x, time.perf_counter() - clock
-        return self.starts[v.start, v.anneal]
+                new = self.data.rows(slice(len(self.data) * 9 // 10, len(self.data)))
+                variance = hidden_variance(denoiser, new, g) if self.maps is not None and v.deviate else 0.0
+                x = torch.cat([first_samples(denoiser, part, g, variance) for part in parts])
+            self.starts[key] = denoiser, x, time.perf_counter() - clock
+        return self.starts[key]
 
     def self_supervised(self, denoiser: MDAE, anneal: bool) -> MDAE:
         """Train on recorrupted observations, a tenth held out."""
@@ -146,6 +156,13 @@ class Setting:
         loss = lambda d, i, g: self_supervised_loss(d, recorrupt(z[i], sigma[i], g))  # noqa: E731
         count, seed = len(z), stream_seed(0, "self-supervised")
         return train(denoiser, loss, count, self.args.start_steps, rate=2e-3, seed=seed, held_out=count // 10, anneal=anneal).denoiser
+
+    def judge_start(self, x: Tensor) -> dict[str, float]:
+        """Figures of first samples."""
+        n = self.args.judged
+        x, truth = self.scale.restore(x[:n]), self.truth[:n]
+        error, chi2 = float((x - truth).square().mean()), float(residual_chi2(self.raw.rows(slice(0, n)), x).mean())
+        return dict.fromkeys(COLUMNS, math.nan) | {"error": error, "chi2": chi2, "std": float(x.std() / truth.std())}
 
     def judge(self, denoiser: Denoiser) -> dict[str, float]:
         """Figures of a prior: on observations that EM has, and on others."""
@@ -159,8 +176,9 @@ class Setting:
         return found
 
     def run(self, v: Variant) -> Iterator[dict[str, float]]:
-        """A row of figures after every iteration."""
+        """A row of figures for the start's samples, and one after every iteration."""
         denoiser, x, clock = self.start(v)
+        yield {"iteration": 0, "seconds": clock, "relaxed": False, **self.judge_start(x)}
         steps, count = v.steps if not self.args.quick else 5, len(x)
         first = self.args.start_steps if v.start == "gaussian" or self.maps is not None else steps
         y, tau, order, turn = x.clone(), torch.zeros(count), torch.randperm(count, generator=stream(0, "turns")), max(1, round(v.turn * count))
@@ -183,11 +201,8 @@ class Setting:
             yield {"iteration": k, "seconds": clock, "relaxed": bool(relax), **self.judge(denoiser)}
 
 
-COLUMNS = ("error", "mean", "ratio", "chi2", "std", "held error", "held mean", "held ratio")
-
-
 def table(name: str, rows: list[dict[str, float]]) -> str:
-    """A Markdown table of a variant; a row that is the first after a whole minute says so."""
+    """A Markdown table of a variant."""
     lines = [f"**{name}**", "", "| iteration | seconds | " + " | ".join(COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
     for row in rows:
         relaxed = " (over-relaxed)" if row["relaxed"] else ""
@@ -216,7 +231,8 @@ def main() -> None:
         rows = []
         for row in setting.run(v):
             rows.append(row)
-            print(json.dumps({"variant": name, "count": args.count, "observer": args.observer, **row}), flush=True)
+            figures = {key: None if value != value else value for key, value in row.items()}
+            print(json.dumps({"variant": name, "count": args.count, "observer": args.observer, **figures}), flush=True)
         print(table(name, rows) + "\n", flush=True)
 
 
