@@ -4,8 +4,8 @@
     python scripts/ablation.py --observer mask --count 3000 --variants base short
     python scripts/ablation.py --quick                                               every variant on 200 digits, a minute or two
 
-A variant is a line of VARIANTS: what it changes of the first. All share start, observations and judge. The clock runs during start, E-steps and M-steps
-only, on the threads that torch has. The judge walks the first --judged observations and as many of digits that EM never saw twice with the prior of
+A variant is a line of VARIANTS: what it changes of the first. All share start, observations and judge. The clock runs during start, E-steps and
+M-steps only, on the threads that torch has. The judge walks the first --judged observations and as many of digits that EM never saw twice with the prior of
 each iteration: error of one sample e, of the mean e - V with V half the mean square between two samples, chi2, std over the truth's; their ratio
 (e - V)/V is 1 for a calibrated prior, above 1 for one that is too sure of itself.
 """
@@ -168,7 +168,10 @@ class Setting:
         """Figures of a prior: on observations that EM has, and on others."""
         found = {}
         first = slice(0, self.args.judged)
-        for name, data, raw, truth in (("", self.data.rows(first), self.raw.rows(first), self.truth[first]), ("held ", self.held, self.held_raw, self.held_truth)):
+        for name, data, raw, truth in (
+            ("", self.data.rows(first), self.raw.rows(first), self.truth[first]),
+            ("held ", self.held, self.held_raw, self.held_truth),
+        ):
             x = [self.scale.restore(e_step(denoiser, data, None, Walk(), stream(0, "judge", name, i)).x) for i in range(2)]
             error, V = sum(float((a - truth).square().mean()) for a in x) / 2, float((x[0] - x[1]).square().mean()) / 2
             found |= {f"{name}error": error, f"{name}mean": error - V, f"{name}ratio": (error - V) / V}
@@ -184,7 +187,10 @@ class Setting:
         y, tau, order, turn = x.clone(), torch.zeros(count), torch.randperm(count, generator=stream(0, "turns")), max(1, round(v.turn * count))
         last, std = torch.arange(count), float(x.std())
         for k in range(1, v.iters + 1):
-            begin, relax = time.perf_counter(), k > 1 and (v.relax == "two" and k < 4 or v.relax == "auto" and std > SPREAD and self.args.observer == "identity")
+            begin, relax = (
+                time.perf_counter(),
+                k > 1 and (v.relax == "two" and k < 4 or v.relax == "auto" and std > SPREAD and self.args.observer == "identity"),
+            )
             if k > 1:
                 rows = order[((k - 2) * turn + torch.arange(turn)) % count]
                 walk = Walk(levels=v.levels, tau_last=Walk().tau_relax if relax else Walk().tau_last)

@@ -8,8 +8,8 @@ Both sides see the same observations, use the same network, batch and learning r
 of the same walk: error of one posterior sample per pixel, residual chi2 and std ratio on the first 1,000 observations, computed off the clock.
 
 emdiff      the command with its defaults, in a process of its own; its clock runs from the command to a round's last file.
-peer        Learning Diffusion Priors from Observations by EM (Rozet et al. 2024): Gaussian start; E-step, DDPM of 64 steps with moment matching and
-            one CG iteration for every observation (peer_ddpm); M-step, the network of the iteration before trained on those samples re-noised.
+peer        Learning Diffusion Priors from Observations by EM (Rozet et al. 2024): Gaussian start; E-step, DDPM of 64 steps with moment matching
+            and one CG iteration for every observation (peer_ddpm); M-step, the network of the iteration before trained on those samples re-noised.
             It has --peer-first steps for its first M-step and --peer-steps for each one after it.
 target      the error of a prior of the same network, trained for 4,000 steps on the clean digits behind the observations, times 1.15. emdiff also has
             to have chi2 in .97-1.02 and std ratio in .97-1.03 there, since a collapsed prior has a low error too; of the peer only the error is asked.
@@ -85,7 +85,10 @@ class Judge:
 
 def show(side: str, row: Row) -> None:
     """One line of progress."""
-    print(f"{side:<8}iteration {row.iteration:3d} {row.seconds:8.0f} s   error {row.error:.4f}   chi2 {row.chi2:.3f}   std ratio {row.std_ratio:.3f}", flush=True)
+    print(
+        f"{side:<8}iteration {row.iteration:3d} {row.seconds:8.0f} s   error {row.error:.4f}   chi2 {row.chi2:.3f}   std ratio {row.std_ratio:.3f}",
+        flush=True,
+    )
 
 
 def clean_trained(folder: Path, truth: Tensor, scale: Scale, tau_last: float, steps: int) -> Prior:

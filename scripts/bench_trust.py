@@ -6,8 +6,9 @@
 For each observer: the iteration that `--stop auto` would keep, and its figures by truth over the best iteration's; coverage of the 80 % intervals
 per pixel of the last prior, on the first 500 observations with 16 samples each; SBC, TARP, CRPS there; and the verdict.
 
-"Best by truth" needs a score that the true posterior minimises. The error of one sample X is none: E|X - x|^2 = tr V + E|m - x|^2 with m, V the mean and
-covariance of the samples, so that of two laws with the right mean the one without spread wins, by a factor of 2 against the true posterior. Proper scores:
+"Best by truth" needs a score that the true posterior minimises. The error of one sample X is none: E|X - x|^2 = tr V + E|m - x|^2 with m, V the mean
+and covariance of the samples, so that of two laws with the right mean the one without spread wins, by a factor of 2 against the true posterior.
+Proper scores:
 
     CRPS, per entry     E|X - x| - E|X - X'|/2                  least for the true posterior only (Gneiting & Raftery 2007, Sec. 4.2)
     error of the mean   E|X - x|^2 - E|X - X'|^2/2 = |m - x|^2  least for every law with the right mean

@@ -79,5 +79,10 @@ def test_turns_are_refused_where_chains_persist(capsys):
 
 def test_turns_by_default_where_walks_are_slow():
     assert default_refresh(10_000, "fused", "unet", "cpu") == 2000
-    for count, guidance, network, device in ((5000, "fused", "unet", "cpu"), (10_000, "cg", "unet", "cpu"), (10_000, "fused", "mlp", "cpu"), (10_000, "fused", "unet", "cuda")):
+    for count, guidance, network, device in (
+        (5000, "fused", "unet", "cpu"),
+        (10_000, "cg", "unet", "cpu"),
+        (10_000, "fused", "mlp", "cpu"),
+        (10_000, "fused", "unet", "cuda"),
+    ):
         assert default_refresh(count, guidance, network, device) == 0
