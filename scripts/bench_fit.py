@@ -12,7 +12,7 @@ peer        Learning Diffusion Priors from Observations by EM (Rozet et al. 2024
             and one CG iteration for every observation (peer_ddpm); M-step, the network of the iteration before trained on those samples re-noised.
             It has --peer-first steps for its first M-step and --peer-steps for each one after it.
 target      the error of a prior of the same network, trained for 4,000 steps on the clean digits behind the observations, times 1.15. emdiff also has
-            to have chi2 in .97-1.02 and std ratio in .97-1.03 there, since a collapsed prior has a low error too; of the peer only the error is asked.
+            to have chi2 in .97-1.02 and std ratio in .97-1.03 there, since a collapsed prior has a low error too; the peer only needs the error.
 """
 
 from __future__ import annotations
