@@ -5,9 +5,9 @@
     python scripts/ablation.py --quick                                               every variant on 200 digits, a minute or two
 
 A variant is a line of VARIANTS: what it changes of the first. All share start, observations and judge. The clock runs during start, E-steps and
-M-steps only, on the threads that torch has. The judge walks the first --judged observations, and as many of digits that EM never saw, twice with the
-prior of each iteration: error of one sample e, of the mean e - V with V half the mean square between two samples, chi2, std over the truth's; their ratio
-(e - V)/V is 1 for a calibrated prior, above 1 for one that is too sure of itself.
+M-steps only, on the threads that torch has. The judge walks the first --judged observations, and as many of digits that EM never saw, twice with
+the prior of each iteration: error of one sample e, of the mean e - V with V half the mean square between two samples, chi2, std over the truth's;
+their ratio (e - V)/V is 1 for a calibrated prior, above 1 for one that is too sure of itself.
 """
 
 from __future__ import annotations
