@@ -20,6 +20,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import resource
 import subprocess
 import sys
 import time
@@ -176,7 +178,8 @@ def main() -> None:
         command("observe", "--data", str(args.data), "--observer", "identity", "--noise-std", "0.5", "--count", str(args.count), "--out", str(file))
     if not times.is_file():
         total, ends = fit(file, out, args.quick)
-        times.write_text(json.dumps({"total": total, "ends": ends}))
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.write_text(json.dumps({"total": total, "ends": ends, "cpu": used.ru_utime + used.ru_stime, "load": os.getloadavg()}))
     spent = json.loads(times.read_text())
     data, truth = read_observations(file), read_truth(file)
     scale = estimate_scale(data, stream(0, "scale"))
@@ -199,6 +202,7 @@ def main() -> None:
         if theirs[-1].reaches(target, False):
             break
     theirs_at = reached(theirs, target, False)
+    print(f"emdiff: {spent['cpu']:.0f} s of processor time; load {', '.join(f'{x:.1f}' for x in spent['load'])} at its end")
     report(args, spent["total"], clean, target, ours, theirs, ours_at, theirs_at, limit)
 
 
