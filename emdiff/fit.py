@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from emdiff.em import Draws, PairLoss, Walk, drawn, e_step, over_relaxed
+from emdiff.em import Draws, PairLoss, Walk, drawn, e_step, over_relaxed, relaxed_walk
 from emdiff.gaussian import condition, fit_gaussian
 from emdiff.mdae import MDAE
 from emdiff.metrics import prior_figures, sample_figures
@@ -203,7 +203,7 @@ def em_round(k: int, data: Observations, scale: Scale, plan: Plan, run: Run, lis
     else:
         some, generator = data.rows(rows), stream(plan.seed, "e-step", k, device=plan.device)
         bar = listener.phase(f"round {k}: E-step", len(some))
-        walk = walk._replace(tau_last=walk.tau_relax) if relax else walk
+        walk = relaxed_walk(some, walk) if relax else walk
         chains, bound = run.array(k - 1, "chains"), run.metrics(0)["bound"]
         if walk.pool:
             chains = restart(prior, data, chains, walk.pool, walk.tau_first, stream(plan.seed, "pool", k, device=plan.device))

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from emdiff.denoise import Denoiser
-from emdiff.em import Draws, PairLoss, Walk, drawn, e_step, over_relaxed
+from emdiff.em import Draws, PairLoss, Walk, drawn, e_step, over_relaxed, relaxed_walk
 from emdiff.fit import SPREAD, level_maps
 from emdiff.gaussian import condition, fit_gaussian
 from emdiff.mdae import MDAE
@@ -193,8 +193,8 @@ class Setting:
             )
             if k > 1:
                 rows = order[((k - 2) * turn + torch.arange(turn)) % count]
-                walk = Walk(levels=v.levels, tau_last=Walk().tau_relax if relax else Walk().tau_last)
-                draws = drawn(e_step(denoiser, self.data.rows(rows), None, walk, stream(0, "e-step", k)))
+                some, walk = self.data.rows(rows), Walk(levels=v.levels)
+                draws = drawn(e_step(denoiser, some, None, relaxed_walk(some, walk) if relax else walk, stream(0, "e-step", k)))
                 draws = over_relaxed(draws) if relax else draws
                 y[rows], x, tau[rows], std = draws.y, x.index_copy(0, rows, draws.x), draws.tau, float(draws.x.std())
                 last = torch.arange(count) if v.keep else rows
