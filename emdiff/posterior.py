@@ -11,9 +11,9 @@ import torch
 import yaml
 from torch import Tensor
 
+from emdiff.data import Data, Observations
 from emdiff.em import Walk, choose_guidance, e_step
 from emdiff.errors import UsageError
-from emdiff.observations import Observations
 from emdiff.pool import applies, restart
 from emdiff.prior import Prior
 
@@ -37,7 +37,7 @@ class Posterior(NamedTuple):
     iterations: float
 
 
-def run_walk(run: Path, data: Observations, device: str) -> Walk:
+def run_walk(run: Path, data: Data, device: str) -> Walk:
     """The walk a run was made with, with the guidance that these observations allow."""
     config = yaml.safe_load((run / "config.yaml").read_text())
     guidance, _ = choose_guidance(data, "auto")
@@ -47,7 +47,7 @@ def run_walk(run: Path, data: Observations, device: str) -> Walk:
     return Walk(**walk)
 
 
-def default_pool(data: Observations, guidance: str) -> int:
+def default_pool(data: Data, guidance: str) -> int:
     """Prior samples from which chains restart: where moment matching guides vectors; none elsewhere."""
     return 8192 if guidance != "fused" and applies(data) else 0
 
@@ -58,7 +58,7 @@ def default_tau_first(guidance: str, pool: int) -> float:
     return math.inf if guidance == "fused" else 0.3 if pool else 0.8
 
 
-def check_shape(prior: Prior, data: Observations, run: Path) -> None:
+def check_shape(prior: Prior, data: Data, run: Path) -> None:
     """Refuse observations of data of another shape.
 
     Raises:

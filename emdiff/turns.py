@@ -12,24 +12,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from emdiff.data import Data, View
+from emdiff.rows import Array, Index, Rows, chosen_rows
 from emdiff.streams import stream
 
-Rows = Tensor | slice
-"""Indices (n,), int64, or a slice: some of the observations."""
 
-
-def on_turn(k: int, count: int, turn: int, seed: int) -> Rows:
-    """The observations that iteration k walks anew: all, or from the second on the next `turn` of them in an order drawn once.
+def on_turn(k: int, count: int, turn: int, seed: int) -> Tensor | None:
+    """Indices (turn,), int64, of the observations that iteration k walks anew, the next ones in an order drawn once; None for all, as in the first.
 
     >>> [sorted(on_turn(k, 6, 4, 0).tolist()) == sorted(on_turn(k + 3, 6, 4, 0).tolist()) for k in (2, 3)]
     [True, True]
     """
     if k < 2 or not 0 < turn < count:
-        return slice(0, count)
+        return None
     order = torch.randperm(count, generator=stream(seed, "turns"))
     return order[((k - 2) * turn + torch.arange(turn)) % count]
 
 
-def in_place(rows: Tensor, new: tuple[Tensor, ...], good: Tensor, before: tuple[Tensor, ...]) -> list[Tensor]:
-    """Each of `before` (N, *S) with the good ones, bool (n,), of the matching `new` (n, *S) at rows (number of good ones,)."""
-    return [b.index_copy(0, rows, a[good]) for a, b in zip(new, before)]
+def those_of(data: Data, rows: Tensor | None) -> Data:
+    """The observations of given indices, read when asked for; all for None."""
+    return data if rows is None else View(len(rows), data.shape, lambda at: data.rows(rows[at]))
+
+
+def rows_of(array: Array, rows: Tensor | None) -> Array:
+    """The rows of given indices, read when asked for; all for None."""
+    return array if rows is None else chosen_rows(array, rows)
+
+
+def in_place(rows: Tensor, new: Array, good: Tensor, before: Array) -> Rows:
+    """An array with the good rows, bool (n,), of `new` (n, *S) at `rows` (n,), and those of `before` (N, *S) elsewhere; read when asked for."""
+    place = torch.full((before.shape[0],), -1).index_copy(0, rows[good], torch.arange(len(rows))[good])
+
+    def read(index: Index) -> Tensor:
+        at, found = place[index], before[index].clone()
+        found[at >= 0] = new[at[at >= 0]].to(found)
+        return found
+
+    return Rows(before.shape, read)
