@@ -181,7 +181,7 @@ def train_start(denoiser: MDAE, data: Data, plan: Plan, listener: Listener) -> T
 
     bar = listener.phase("start: self-supervised training", plan.start_steps)
     seed = stream_seed(plan.seed, "self-supervised")
-    return train(denoiser, loss, len(data), plan.start_steps, plan.batch, plan.rate, seed, held_out(len(data)), plan.device, bar)
+    return train(denoiser, loss, len(data), plan.start_steps, plan.batch, plan.rate, seed, held_out(len(data)), plan.device, bar, anneal=False)
 
 
 def first_steps(plan: Plan) -> int:

@@ -4,8 +4,8 @@ A loss is a function (denoiser, index, generator) -> scalar: it draws its own me
 so clean data, pairs and recorrupted observations are all trained by the same loop. Everything random comes from one generator seeded per
 training, so a training that is started again gives the same weights on the same machine.
 
-The moving average forgets over a fifth of the training, min(decay, (1 + i)/(10 + i)) at step i, and is fresh in every training. The rate falls to 0
-over the length of the training: what is left of the noise of the gradients would enter every sample of the next E-step, and the
+The moving average forgets over a fifth of the training, min(decay, (1 + i)/(10 + i)) at step i, and is fresh in every training. In an
+M-step the rate falls to 0: what is left of the noise of the gradients would enter every sample of the next E-step, and the
 prior's variance would creep up from iteration to iteration (docs/method.md).
 
 This is the one file that imports Lightning.

@@ -62,7 +62,7 @@ class Variant(NamedTuple):
     """
 
     start: str = "self-supervised"
-    anneal: bool = True
+    anneal: bool = False
     deviate: bool = True
     turn: float = 1.0
     keep: bool = True
@@ -75,7 +75,7 @@ class Variant(NamedTuple):
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
-    "constant rate": {"anneal": False},
+    "annealed start": {"anneal": True},
     "estimates": {"deviate": False},
     "gaussian": {"start": "gaussian"},
     "turns": {"turn": 0.25},
