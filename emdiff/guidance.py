@@ -69,7 +69,7 @@ class PosteriorDenoiser(Denoiser):
     def draw(self, y: Tensor, sigma: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A sample of x | y, obs, shape (B, *S), for p(x | y) = N(xhat, V), by pathwise conditioning (Wilson et al. 2021):
 
-            x0 = xhat + V^(1/2) xi,   x = x0 + V At (cov_obs + A V At)^-1 (obs - A x0 - n0),   n0 ~ N(0, cov_obs)
+        x0 = xhat + V^(1/2) xi,   x = x0 + V At (cov_obs + A V At)^-1 (obs - A x0 - n0),   n0 ~ N(0, cov_obs)
         """
         xhat, V = self.prior.moments(y, sigma)
         xi = torch.randn(xhat.shape, generator=generator, dtype=xhat.dtype, device=xhat.device)

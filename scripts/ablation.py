@@ -35,7 +35,7 @@ from emdiff.prior import build_network, choose_network, set_precision
 from emdiff.scale import Scale, estimate_scale
 from emdiff.start import first_samples, hidden_variance, recorrupt, self_supervised_loss
 from emdiff.streams import stream, stream_seed
-from emdiff.training import train
+from emdiff.training import Optimiser, train
 from observers import Identity, Mask
 
 HELD = 50_000
@@ -155,7 +155,8 @@ class Setting:
         sigma = sigma.expand(z.shape)
         loss = lambda d, i, g: self_supervised_loss(d, recorrupt(z[i], sigma[i], g))  # noqa: E731
         count, seed = len(z), stream_seed(0, "self-supervised")
-        return train(denoiser, loss, count, self.args.start_steps, rate=2e-3, seed=seed, held_out=count // 10, anneal=anneal).denoiser
+        how = Optimiser(rate=2e-3, anneal=anneal)
+        return train(denoiser, loss, count, self.args.start_steps, seed=seed, held_out=count // 10, optimiser=how).denoiser
 
     def judge_start(self, x: Tensor) -> dict[str, float]:
         """Figures of first samples."""

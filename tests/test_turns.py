@@ -13,7 +13,7 @@ from emdiff.em import PairLoss, Walk
 from emdiff.plan import default_refresh
 from emdiff.turns import on_turn
 
-TURNS = ["--train.refresh", "60", *SMALL]
+TURNS = ["--start", "self-supervised", "--train.refresh", "60", *SMALL]
 
 
 @pytest.mark.parametrize(("count", "turn"), [(100, 25), (10, 3), (7, 7), (5, 8), (6, 0)])
@@ -46,8 +46,8 @@ def test_the_m_step_trains_on_the_pairs_of_all(monkeypatch):
     seen = []
 
     class Recorded(PairLoss):
-        def __init__(self, draws, *rest):
-            super().__init__(draws, *rest)
+        def __init__(self, draws, *rest, **more):
+            super().__init__(draws, *rest, **more)
             seen.append(draws)
 
     monkeypatch.setattr("emdiff.fit.PairLoss", Recorded)
