@@ -35,6 +35,7 @@ from emdiff.runs import Run, latest_prior, round_metrics, round_of, versions
 from emdiff.scale import estimate_scale
 from emdiff.streams import stream
 from emdiff.track import Tracker
+from emdiff.turns import rows_of
 from emdiff.written import NewArchive
 from observers import Observer
 from observers.recipes import Recipe
@@ -136,7 +137,8 @@ def fit_command(config: Config) -> None:
     fixed = {} if truth is None else {"truth": truth[:12]}
     console = Console(run, tracker, fixed | ({"observation": obs} if obs.shape[1:] == data.shape else {}))
     try:
-        run_fit(data, scale, plan, run, console, (lambda x: truth_figures(x, truth)) if truth is not None else (lambda x: {}))
+        judge = (lambda x, rows: {}) if truth is None else (lambda x, rows: truth_figures(x, rows_of(truth, rows)))
+        run_fit(data, scale, plan, run, console, judge)
     finally:
         console.close()
         tracker.artifact(out / "report.html")

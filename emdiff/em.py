@@ -147,6 +147,12 @@ def walk_levels(data: Data, walk: Walk) -> list[float]:
     return levels(TAU_FIRST, walk.tau_last, walk.levels)
 
 
+def relaxed_walk(data: Data, walk: Walk) -> Walk:
+    """The walk of an over-relaxed iteration: to tau_relax, with as many levels as the exact walk has above it and one at it."""
+    above = sum(tau > walk.tau_relax for tau in walk_levels(data, walk))
+    return walk._replace(tau_last=walk.tau_relax, levels=max(2, above + 1))
+
+
 def walk_batch(
     prior: Denoiser, data: Observations, chains: Tensor | None, walk: Walk, taus: list[float], generator: torch.Generator, tau_chains: float
 ) -> Draws:

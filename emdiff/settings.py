@@ -47,12 +47,15 @@ class TrainSettings:
             Gaussian start, which trains no network.
         batch: Data per step.
         rate: Learning rate of Adam.
+        refresh: Observations walked anew in each iteration, in turn; the M-step trains on all, with the last pair of those it is not the turn of.
+            0 for all. Unset: a fifth of more than 5000 images whose observations are fused on a CPU, else all.
     """
 
     steps: Optional[int] = None
     start_steps: int = 1200
     batch: int = 128
     rate: float = 2e-3
+    refresh: Optional[int] = None
 
 
 @dataclass
