@@ -30,7 +30,7 @@ from torch import Tensor
 
 from emdiff.accumulate import accumulate, levels
 from emdiff.denoise import Denoiser
-from emdiff.guidance import FusedPosterior, PosteriorDenoiser
+from emdiff.guidance import TOLERANCE, FusedPosterior, PosteriorDenoiser
 from emdiff.langevin import STEPS
 from emdiff.mdae import MDAE
 from emdiff.observations import Observations
@@ -56,6 +56,7 @@ class Walk(NamedTuple):
         gamma: Their friction, per unit time in which tau is 1.
         step: Their discretisation, a key of `langevin.STEPS`.
         iterations: Most solver iterations of "cg" and "gmres".
+        tolerance: Largest error of a jump that an unfinished solve may leave, rms over entries, in units of its level.
         batch: Chains at once.
         pool: Prior samples from which chains restart (pool); 0 for persistent chains.
     """
@@ -70,6 +71,7 @@ class Walk(NamedTuple):
     gamma: float = 1.0
     step: str = "sachs"
     iterations: int = 3
+    tolerance: float = TOLERANCE
     batch: int = 500
     pool: int = 0
 
@@ -118,7 +120,7 @@ def posterior(prior: Denoiser, data: Observations, walk: Walk) -> Denoiser:
     """The denoiser of p(x | obs) for a batch of observations."""
     if walk.guidance == "fused":
         return FusedPosterior(prior, *data.observer.as_measurement(data.obs))
-    return PosteriorDenoiser(prior, data.observer, data.obs, walk.guidance, walk.iterations)
+    return PosteriorDenoiser(prior, data.observer, data.obs, walk.guidance, walk.iterations, walk.tolerance)
 
 
 def walk_levels(data: Observations, walk: Walk) -> list[float]:

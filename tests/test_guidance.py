@@ -184,7 +184,7 @@ def test_gmres_solves_the_system_of_a_jacobian_that_is_not_symmetric(name: str) 
     xhat = y.mean(1) @ Skewed.J.T
     gap = obs - torch.einsum("bod,bd->bo", A, xhat)
     expected = xhat + torch.einsum("de,boe,bo->bd", V, A, torch.linalg.solve(R + A @ V @ A.mT, gap))
-    target = PosteriorDenoiser(Skewed(), made, obs, "gmres", d)
+    target = PosteriorDenoiser(Skewed(), made, obs, "gmres", d, 1e-10)
     torch.testing.assert_close(target.xhat(y, sigma), expected, rtol=1e-7, atol=1e-8)
 
 
