@@ -46,7 +46,7 @@ class ResBlock(nn.Module):
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
         """h (B, width, H, W), e (B or 1, embed, H or 1, W or 1) -> (B, width, H, W)."""
         a, b = self.film(e).chunk(2, dim=1)
-        return h + self.conv2(F.silu((1 + a) * self.conv1(F.silu(h)) + b))
+        return h + self.conv2(F.silu(torch.addcmul(b, 1 + a, self.conv1(F.silu(h)))))
 
 
 class UNet(nn.Module):
@@ -100,9 +100,9 @@ class UNet(nn.Module):
         """z (B, *S), c (B or 1, *S or ones) -> (B, *S)."""
         B, (H, W) = z.shape[0], self.shape[-2:]
         pad = (0, -W % self.patch, 0, -H % self.patch)
-        h = F.pad(z.reshape(B, -1, H, W), pad)
+        h = _pad(z.reshape(B, -1, H, W), pad, "constant")
         if self.maps:
-            h = torch.cat([h, F.pad(self._level_map(c, B), pad, mode="replicate")], dim=1)
+            h = torch.cat([h, _pad(self._level_map(c, B), pad, "replicate")], dim=1)
         h = self.stem(F.pixel_unshuffle(h.contiguous(memory_format=torch.channels_last), self.patch))
         e = self._embedding(c, pad)
         skips, embeds = [], []
@@ -123,15 +123,25 @@ class UNet(nn.Module):
 
     def _level_map(self, c: Tensor, batch: int) -> Tensor:
         """The features of c at every pixel, shape (batch, 2, H, W); channels of one datum share the mean of their levels."""
-        c = c.reshape(c.shape[0], -1, c.shape[-2], c.shape[-1]).mean(1, keepdim=True)
-        return level_features(c).expand(batch, -1, *self.shape[-2:])
+        return level_features(_shared(c)).expand(batch, -1, *self.shape[-2:])
 
     def _embedding(self, c: Tensor, pad: tuple[int, ...]) -> Tensor:
         """Embed c at the resolution of the stem: one vector where c is constant over the image, a map where it is not."""
-        c = c.reshape(c.shape[0], -1, c.shape[-2], c.shape[-1]).mean(1, keepdim=True)
+        c = _shared(c)
         if c.shape[-2:] != (1, 1):
-            c = F.avg_pool2d(F.pad(c.expand(-1, -1, *self.shape[-2:]), pad, mode="replicate"), self.patch)
+            c = F.avg_pool2d(_pad(c.expand(-1, -1, *self.shape[-2:]), pad, "replicate"), self.patch)
         return self.embed(level_features(c))
+
+
+def _pad(h: Tensor, pad: tuple[int, ...], mode: str) -> Tensor:
+    """F.pad, without the copy that it makes where there is nothing to pad."""
+    return F.pad(h, pad, mode=mode) if any(pad) else h
+
+
+def _shared(c: Tensor) -> Tensor:
+    """One map of levels for all channels of a datum, their mean, shape (B or 1, 1, H or 1, W or 1)."""
+    c = c.reshape(c.shape[0], -1, c.shape[-2], c.shape[-1])
+    return c if c.shape[1] == 1 else c.mean(1, keepdim=True)
 
 
 def _halve(e: Tensor) -> Tensor:
