@@ -57,6 +57,7 @@ class Walk(NamedTuple):
         step: Their discretisation, a key of `langevin.STEPS`.
         iterations: Most solver iterations of "cg" and "gmres".
         tolerance: Largest error of a jump that an unfinished solve may leave, rms over entries, in units of its level.
+        coarse: Level above which a solve takes one iteration.
         batch: Chains at once.
         pool: Prior samples from which chains restart (pool); 0 for persistent chains.
     """
@@ -72,6 +73,7 @@ class Walk(NamedTuple):
     step: str = "sachs"
     iterations: int = 3
     tolerance: float = TOLERANCE
+    coarse: float = 1.0
     batch: int = 500
     pool: int = 0
 
@@ -107,20 +109,22 @@ def choose_guidance(data: Observations, wanted: str = "auto") -> tuple[str, str]
         ValueError: if fused is wanted where it does not apply.
     """
     fusable = data.rows(slice(0, 1)).observer.as_measurement(data.obs[:1]) is not None
+    name = data.observer.name
     if wanted == "fused" and not fusable:
-        raise ValueError(f"--guidance fused needs At cov_obs^-1 A diagonal, and observer {data.observer.name} mixes entries; use cg")
-    if wanted != "auto":
-        return wanted, "as asked"
-    if fusable:
-        return "fused", "each observation is one more measurement of x: exact, no Jacobians"
-    return "cg", f"observer {data.observer.name} mixes entries of x: moment matching"
+        raise ValueError(f"--guidance fused needs At cov_obs^-1 A diagonal, and observer {name} mixes entries; use cg")
+    if wanted == "auto" and fusable:
+        return "fused", f"observer {name} sees entries one by one, so that an observation is one more measurement of x: exact, one pass, no Jacobians"
+    if wanted == "auto":
+        return "cg", f"observer {name} mixes entries of x, so that no level per entry says what it saw: moment matching by conjugate gradients"
+    aside = "; fused would be exact here, and faster" if fusable and wanted != "fused" else ""
+    return wanted, f"as asked{aside}"
 
 
 def posterior(prior: Denoiser, data: Observations, walk: Walk) -> Denoiser:
     """The denoiser of p(x | obs) for a batch of observations."""
     if walk.guidance == "fused":
         return FusedPosterior(prior, *data.observer.as_measurement(data.obs))
-    return PosteriorDenoiser(prior, data.observer, data.obs, walk.guidance, walk.iterations, walk.tolerance)
+    return PosteriorDenoiser(prior, data.observer, data.obs, walk.guidance, walk.iterations, walk.tolerance, walk.coarse)
 
 
 def walk_levels(data: Observations, walk: Walk) -> list[float]:

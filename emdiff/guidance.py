@@ -35,7 +35,7 @@ from torch import Tensor
 
 from emdiff.denoise import Denoiser, Moments, Product
 from emdiff.linalg import SOLVERS, Solve, lanczos_sqrt
-from emdiff.measurement import pool
+from emdiff.measurement import effective, pool
 
 if TYPE_CHECKING:
     from observers import Observer
@@ -57,29 +57,43 @@ class PosteriorDenoiser(Denoiser):
         solver: "cg", or "gmres" where the learned V is too far from symmetric.
         iterations: Most solver iterations.
         tolerance: Largest error of the jump that an unfinished solve may leave, rms over entries, in units of the level tau.
+        coarse: Level above which a solve takes one iteration. There p(x | y) is far from Gaussian, and V, tau^2 times a Jacobian, magnifies what the
+            network has wrong: a single step along V At (obs - A xhat) does better than a solution (docs/method.md).
 
     Attributes:
-        solve: The last solve, whitened: residuals and iteration counts per datum; None before the first. That of an `xhat` takes the solution of
-            the one before, which was of a level nearby, for its first direction (linalg.cg).
+        solve: The last solve, whitened: residuals and iteration counts per datum; None before the first. A datum that took more than one iteration
+            in an `xhat` has its solution as the first direction of the next, of a level nearby (linalg.cg); where one is enough, the residual is a
+            better direction than a guess.
 
     Raises:
         ValueError: for an unknown solver.
     """
 
-    def __init__(self, prior: Denoiser, observer: Observer, obs: Tensor, solver: str = "cg", iterations: int = 3, tolerance: float = TOLERANCE):
+    def __init__(
+        self,
+        prior: Denoiser,
+        observer: Observer,
+        obs: Tensor,
+        solver: str = "cg",
+        iterations: int = 3,
+        tolerance: float = TOLERANCE,
+        coarse: float = math.inf,
+    ) -> None:
         super().__init__()
         if solver not in SOLVERS:
             raise ValueError(f"unknown solver {solver!r}; choose from {', '.join(SOLVERS)}")
         self.prior, self.observer, self.obs = prior, observer, obs
-        self.solver, self.iterations, self.tolerance = solver, iterations, tolerance
+        self.solver, self.iterations, self.tolerance, self.coarse = solver, iterations, tolerance, coarse
         self.solve: Solve | None = None
         self._guess: Tensor | None = None
 
     def xhat(self, y: Tensor, sigma: Tensor) -> Tensor:
         """E[x | y, obs], shape (B, *S), detached from y."""
         xhat, V = self.prior.moments(y, sigma)
-        self.solve = self._solve(V, self.obs - self.observer.forward(xhat), self._guess)
-        self._guess = self.solve.x
+        one = math.isfinite(self.coarse) and _coarsest(sigma) > self.coarse
+        self.solve = self._solve(V, self.obs - self.observer.forward(xhat), None if one else self._guess, 1 if one else self.iterations)
+        hard = (self.solve.iterations > 1).reshape(-1, *[1] * (self.solve.x.ndim - 1))
+        self._guess = torch.where(hard, self.solve.x, 0.0)
         return _plus(xhat, self.solve.image)
 
     def draw(self, y: Tensor, sigma: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -93,7 +107,7 @@ class PosteriorDenoiser(Denoiser):
         self.solve = self._solve(V, self.obs - self.observer.simulate(x0, generator))
         return _plus(x0, self.solve.image)
 
-    def _solve(self, V: Product, b: Tensor, guess: Tensor | None = None) -> Solve:
+    def _solve(self, V: Product, b: Tensor, guess: Tensor | None = None, iterations: int | None = None) -> Solve:
         """(cov_obs + A V At)^-1 b, whitened, with V At of it as the image, for b in the units of the observations' noise and spread."""
         std = self.observer.std()
 
@@ -105,7 +119,7 @@ class PosteriorDenoiser(Denoiser):
         r = b / std
         enough = 2 * self.tolerance * math.sqrt(math.prod(self.observer.shape))
         relative = enough / r.flatten(1).norm(dim=1).clamp(min=torch.finfo(r.dtype).tiny)
-        return SOLVERS[self.solver](product, r, self.iterations, relative, guess)
+        return SOLVERS[self.solver](product, r, iterations or self.iterations, relative, guess)
 
     def moments(self, y: Tensor, sigma: Tensor) -> Moments:
         """E[x | y, obs] and products with V - V At (cov_obs + A V At)^-1 A V, each product one solve."""
@@ -118,6 +132,11 @@ class PosteriorDenoiser(Denoiser):
             return Vu if correction is None else Vu - correction
 
         return Moments(_plus(xhat, self.solve.image), product)
+
+
+def _coarsest(sigma: Tensor) -> float:
+    """The largest level of the mean of the measurements, over data and entries; sigma as in `measurement.align`."""
+    return float(effective(sigma.reshape(-1)) if sigma.ndim <= 1 else sigma.square().reciprocal().sum(1).rsqrt().max())
 
 
 def _plus(x: Tensor, image: Tensor | None) -> Tensor:
