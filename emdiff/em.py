@@ -147,8 +147,9 @@ def walk_levels(data: Observations, walk: Walk) -> list[float]:
 
 
 def walk_batch(
-    prior: Denoiser, data: Observations, chains: Tensor | None, walk: Walk, taus: list[float], generator: torch.Generator, tau_chains: float
-) -> Draws:
+    prior: Denoiser, data: Observations, chains: Tensor | None, walk: Walk, taus: list[float], generator: torch.Generator, tau_chains: float,
+    complete: bool = True,
+) -> Draws:  # fmt: skip
     """Sample x | obs for a batch: see `e_step`; nothing is restarted here."""
     target = posterior(prior, data, walk)
     tau = walk.tau_first
@@ -162,7 +163,7 @@ def walk_batch(
     if not isinstance(target, PosteriorDenoiser):
         return Draws(end.y, end.xhat, end.tau)
     residual, iterations = float(target.solve.residual.mean()), float(target.solve.iterations.float().mean())
-    sample = target.draw(end.y[:, None], end.y.new_tensor([end.tau]), generator)
+    sample = target.draw(end.y[:, None], end.y.new_tensor([end.tau]), generator) if complete else None
     return Draws(end.y, end.xhat, end.tau, residual=residual, iterations=iterations, sample=sample)
 
 
