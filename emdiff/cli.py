@@ -62,6 +62,7 @@ def fit(
     uint8_range: bool = False,
     seed: int = 0,
     device: Device = "auto",
+    compile: bool = False,
     wandb: Literal["auto", "online", "offline", "off"] = "auto",
     walk: WalkSettings = WalkSettings(),
     train: TrainSettings = TrainSettings(),
@@ -86,6 +87,7 @@ def fit(
         uint8_range: Accept uint8 observations and divide them by 255.
         seed: Seed of everything random.
         device: cpu, cuda, or whichever is there.
+        compile: Run the network of the E-step through torch.compile; pays where an E-step takes minutes (docs/speed.md).
         wandb: Weights & Biases: auto is online where you are logged in, else offline.
         walk: The E-step.
         train: The M-step.
@@ -105,6 +107,7 @@ def sample(
     steps: int = 0,
     seed: int = 0,
     device: Device = "auto",
+    compile: bool = False,
 ) -> None:
     """Draw unconditional samples from a run's prior, and a picture of them.
 
@@ -116,6 +119,7 @@ def sample(
         steps: Langevin steps at each level.
         seed: Seed.
         device: Where to run.
+        compile: Run the network through torch.compile; pays from some minutes of sampling on.
     """
     from emdiff.commands import sample_command
 
@@ -123,7 +127,7 @@ def sample(
         _at_least(name, value, 1 if name == "--count" else 2)
     _at_least("--steps", steps, 0)
     _suffix("--out", out, (".npz",))
-    sample_command(Path(run), count, Path(out), levels, steps, seed, device)
+    sample_command(Path(run), count, Path(out), levels, steps, seed, device, compile)
 
 
 def reconstruct(
@@ -137,6 +141,7 @@ def reconstruct(
     uint8_range: bool = False,
     seed: int = 0,
     device: Device = "auto",
+    compile: bool = False,
 ) -> None:
     """Sample x | obs for every observation of a file, under a run's prior; writes samples, mean and std, and a picture.
 
@@ -151,6 +156,7 @@ def reconstruct(
         uint8_range: Accept uint8 observations and divide them by 255.
         seed: Seed.
         device: Where to run.
+        compile: Run the network through torch.compile; pays from some minutes of sampling on, and with fused guidance only.
     """
     from emdiff.commands import reconstruct_command
     from emdiff.observations import read_observations
@@ -158,7 +164,7 @@ def reconstruct(
     _at_least("--samples", samples, 2)
     _suffix("--out", out, (".npz",))
     data = read_observations(Path(observations), observer, noise_std, tuple(shape) if shape else None, uint8_range)
-    reconstruct_command(Path(run), data, samples, Path(out), seed, device)
+    reconstruct_command(Path(run), data, samples, Path(out), seed, device, compile)
 
 
 def evaluate(

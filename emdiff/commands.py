@@ -13,6 +13,7 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
+from emdiff.compiled import for_sampling
 from emdiff.errors import UsageError
 from emdiff.evaluate import Evaluation, Task, drifts, evaluate, ratios, write_evaluation
 from emdiff.features import feature_module
@@ -118,10 +119,10 @@ def fit_command(config: Config) -> None:
     print(f"next: emdiff evaluate --run {out} --observations {path}; emdiff sample --run {out} --out samples.npz")
 
 
-def sample_command(run: Path, count: int, out: Path, levels: int, steps: int, seed: int, device: str) -> None:
+def sample_command(run: Path, count: int, out: Path, levels: int, steps: int, seed: int, device: str, compile: bool = False) -> None:
     """`emdiff sample`."""
     device = resolve_device(device)
-    prior = load_prior(latest_prior(run), device)
+    prior = for_sampling(load_prior(latest_prior(run), device), device, compile)
     bar = tqdm(total=count, desc="samples", leave=False, file=sys.stderr)
     generator = stream(seed, "sample", device=device)
     x = sample_prior(prior, count, generator, levels, steps, progress=lambda done: bar.update(done - bar.n))
@@ -133,10 +134,10 @@ def sample_command(run: Path, count: int, out: Path, levels: int, steps: int, se
     print(f"next: look at {picture}; np.load('{out}')['x'] is in the units of the data")
 
 
-def reconstruct_command(run: Path, data: Observations, samples: int, out: Path, seed: int, device: str) -> None:
+def reconstruct_command(run: Path, data: Observations, samples: int, out: Path, seed: int, device: str, compile: bool = False) -> None:
     """`emdiff reconstruct`."""
     device = resolve_device(device)
-    prior = load_prior(latest_prior(run), device)
+    prior = for_sampling(load_prior(latest_prior(run), device), device, compile)
     check_shape(prior, data, run)
     generator = stream(seed, "reconstruct", device=device)
     stacked = sample_posterior(prior, data, run_walk(run, data, device), samples, generator, bars()).x

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from emdiff.compiled import for_sampling
 from emdiff.em import Draws, PairLoss, Walk, drawn, e_step, over_relaxed
 from emdiff.gaussian import condition, fit_gaussian
 from emdiff.mdae import MDAE
@@ -53,6 +54,7 @@ class Plan(NamedTuple):
         seed: Seed of everything random.
         device: "cpu" or "cuda".
         stop: End when the figures that need no truth have stopped to improve, and keep the best iteration (verdict).
+        compile: Run the network of the E-step and of prior samples through torch.compile (compiled).
     """
 
     iters: int
@@ -68,6 +70,7 @@ class Plan(NamedTuple):
     seed: int = 0
     device: str = "cpu"
     stop: bool = False
+    compile: bool = False
 
 
 class Listener(Protocol):
@@ -116,7 +119,8 @@ def run_fit(
         pictures = {"samples": x[:64]}
         if k:
             bar = listener.phase(f"round {k}: prior samples", plan.prior_samples)
-            drawn = sample_prior(prior, plan.prior_samples, stream(plan.seed, "prior samples", k, device=plan.device), progress=bar)
+            fast = for_sampling(prior, plan.device, plan.compile)
+            drawn = sample_prior(fast, plan.prior_samples, stream(plan.seed, "prior samples", k, device=plan.device), progress=bar)
             pictures["prior"] = drawn[:64]
             metrics |= prior_figures(data, drawn, stream(plan.seed, "figures", k))
         metrics |= {"iter": k, **sample_figures(data, x), **evaluate(x), "seconds": time.perf_counter() - clock}
@@ -180,7 +184,8 @@ def em_round(k: int, data: Observations, scale: Scale, plan: Plan, run: Run, lis
         chains, bound = run.array(k - 1, "chains"), run.metrics(0)["bound"]
         if walk.pool:
             chains = restart(prior, data, chains, walk.pool, walk.tau_first, stream(plan.seed, "pool", k, device=plan.device))
-        draws = e_step(prior.denoiser, data, chains, walk, stream(plan.seed, "e-step", k, device=plan.device), bound, bar, plan.walk.tau_last)
+        walker = for_sampling(prior, plan.device, plan.compile).denoiser
+        draws = e_step(walker, data, chains, walk, stream(plan.seed, "e-step", k, device=plan.device), bound, bar, plan.walk.tau_last)
         draws = over_relaxed(draws) if relax else draws
     eps = torch.randn(draws.y.shape, generator=stream(plan.seed, "chains", k))
     chains = draws.y + math.sqrt(max(plan.walk.tau_last**2 - draws.tau**2, 0.0)) * eps

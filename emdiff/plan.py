@@ -71,7 +71,7 @@ def make_plan(config: Config, data: Observations, scale: Scale, device: str) -> 
     steps = train["steps"] or default_steps(len(data), device, network["kind"])
     plan = Plan(
         config["iters"], start, chosen, network, train["start_steps"], steps, train["batch"], train["rate"], relax,
-        seed=config["seed"], device=device, stop=config["stop"] == "auto",
+        seed=config["seed"], device=device, stop=config["stop"] == "auto", compile=config["compile"],
     )  # fmt: skip
     return plan, {"start": start.reason, "guidance": reason}
 

@@ -29,7 +29,7 @@ import emdiff
 from emdiff.errors import UsageError
 from emdiff.files import append_line, write_array, write_atomically, write_json
 
-FREE = ("iters", "stop", "device", "wandb", "out", "observations")
+FREE = ("iters", "stop", "device", "compile", "wandb", "out", "observations")
 """Settings that may change when a run is continued; the observations are compared by their fingerprint."""
 
 

@@ -14,6 +14,7 @@ LAYERS = [
     {"accumulate", "guidance", "gaussian"},
     {"nn", "mdae", "scale", "metrics", "calibration", "features", "verdict", "start", "training"},
     {"prior", "runs"},
+    {"compiled"},
     {"em", "pool"},
     {"posterior"},
     {"fit", "figures"},
