@@ -119,10 +119,10 @@ def gmres(
     """
     batch = b.shape[0]
     beta = dot(b, b).sqrt()
-    basis = [_safe(b, beta.expand_as(b), (beta > 0).expand_as(b))]
     images: list[Tensor] = []
     H = b.new_zeros(batch, iterations + 1, iterations)
     alive = (beta > 0).flatten() & (1.0 > torch.as_tensor(tolerance, device=b.device))
+    basis = [_safe(b, beta.expand_as(b), _column(alive, b).expand_as(b))]
     used, residual = torch.zeros(batch, dtype=torch.long, device=b.device), (beta > 0).flatten().to(b.dtype)
     for j in range(iterations):
         if _ended(alive):
@@ -140,7 +140,7 @@ def gmres(
         H[:, j + 1, j] = h.flatten()
         z, residual = _least_squares(H[:, : j + 2, : j + 1], beta)
         used, alive = used + alive, alive & (h > 0).flatten() & (residual > tolerance)
-        basis.append(_safe(w, h.expand_as(w), (_column(alive, b)).expand_as(w)))
+        basis.append(_safe(w, h.expand_as(w), _column(alive, w).expand_as(w)))
     if not images:
         return Solve(torch.zeros_like(b), residual, used)
     x = sum(_column(z[:, j], b) * basis[j] for j in range(len(images)))
