@@ -81,6 +81,7 @@ class Console:
 
 def bars() -> Callable[[str, int], Callable[[int], None]]:
     """Phases shown as one bar after the other."""
+
     def phase(name: str, total: int) -> Callable[[int], None]:
         bar = tqdm(total=total, desc=name, leave=False, file=sys.stderr)
 

@@ -28,13 +28,14 @@ fusion is sufficiency (measurement) applied to obs.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from emdiff.denoise import Denoiser, Moments, Product
-from emdiff.linalg import SOLVERS, Solve, lanczos_sqrt
+from emdiff.linalg import SOLVERS, Image, Solve, lanczos_sqrt
 from emdiff.measurement import effective, pool
 
 if TYPE_CHECKING:
@@ -91,7 +92,13 @@ class PosteriorDenoiser(Denoiser):
         """E[x | y, obs], shape (B, *S), detached from y."""
         xhat, V = self.prior.moments(y, sigma)
         one = math.isfinite(self.coarse) and _coarsest(sigma) > self.coarse
-        self.solve = self._solve(V, self.obs - self.observer.forward(xhat), None if one else self._guess, 1 if one else self.iterations)
+        rows = lambda a, index: a[index] if a.ndim > 1 and len(a) > 1 else a
+
+        def restrict(index: Tensor) -> Image:
+            return self._product(self.prior.moments(y[index], rows(sigma, index)).V, self.observer.rows(index))
+
+        b, guess = self.obs - self.observer.forward(xhat), None if one else self._guess
+        self.solve = self._solve(V, b, guess, 1 if one else self.iterations, restrict)
         hard = (self.solve.iterations > 1).reshape(-1, *[1] * (self.solve.x.ndim - 1))
         self._guess = torch.where(hard, self.solve.x, 0.0)
         return _plus(xhat, self.solve.image)
@@ -99,7 +106,7 @@ class PosteriorDenoiser(Denoiser):
     def draw(self, y: Tensor, sigma: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A sample of x | y, obs, shape (B, *S), for p(x | y) = N(xhat, V), by pathwise conditioning (Wilson et al. 2021):
 
-            x0 = xhat + V^(1/2) xi,   x = x0 + V At (cov_obs + A V At)^-1 (obs - A x0 - n0),   n0 ~ N(0, cov_obs)
+        x0 = xhat + V^(1/2) xi,   x = x0 + V At (cov_obs + A V At)^-1 (obs - A x0 - n0),   n0 ~ N(0, cov_obs)
         """
         xhat, V = self.prior.moments(y, sigma)
         xi = torch.randn(xhat.shape, generator=generator, dtype=xhat.dtype, device=xhat.device)
@@ -107,19 +114,26 @@ class PosteriorDenoiser(Denoiser):
         self.solve = self._solve(V, self.obs - self.observer.simulate(x0, generator))
         return _plus(x0, self.solve.image)
 
-    def _solve(self, V: Product, b: Tensor, guess: Tensor | None = None, iterations: int | None = None) -> Solve:
+    def _solve(
+        self, V: Product, b: Tensor, guess: Tensor | None = None, iterations: int | None = None, restrict: Callable[[Tensor], Image] | None = None
+    ) -> Solve:
         """(cov_obs + A V At)^-1 b, whitened, with V At of it as the image, for b in the units of the observations' noise and spread."""
-        std = self.observer.std()
+        r = b / self.observer.std()
+        enough = 2 * self.tolerance * math.sqrt(math.prod(self.observer.shape))
+        relative = enough / r.flatten(1).norm(dim=1).clamp(min=torch.finfo(r.dtype).tiny)
+        return SOLVERS[self.solver](self._product(V, self.observer), r, iterations or self.iterations, relative, guess, restrict)
+
+    @staticmethod
+    def _product(V: Product, observer: Observer) -> Image:
+        """p -> (I + K Kt) p and V At cov_obs^(-1/2) p, for the data of an observer."""
+        std = observer.std()
 
         def product(p: Tensor) -> tuple[Tensor, Tensor]:
             q = p / std
-            VAtq = V(self.observer.adjoint(q))
-            return (self.observer.cov(q) + self.observer.forward(VAtq)) / std, VAtq
+            VAtq = V(observer.adjoint(q))
+            return (observer.cov(q) + observer.forward(VAtq)) / std, VAtq
 
-        r = b / std
-        enough = 2 * self.tolerance * math.sqrt(math.prod(self.observer.shape))
-        relative = enough / r.flatten(1).norm(dim=1).clamp(min=torch.finfo(r.dtype).tiny)
-        return SOLVERS[self.solver](product, r, iterations or self.iterations, relative, guess)
+        return product
 
     def moments(self, y: Tensor, sigma: Tensor) -> Moments:
         """E[x | y, obs] and products with V - V At (cov_obs + A V At)^-1 A V, each product one solve."""

@@ -16,6 +16,11 @@ import torch
 from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]
+Image = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+FEW = 0.25
+"""Share of a batch below which it pays to make another product for that share alone: a product costs about what a forward pass does, and a smaller
+batch needs a forward pass of its own."""
 
 
 class Solve(NamedTuple):
@@ -45,11 +50,12 @@ def _safe(numerator: Tensor, denominator: Tensor, where: Tensor) -> Tensor:
 
 
 def cg(
-    product: Callable[[Tensor], tuple[Tensor, Tensor]],
+    product: Image,
     b: Tensor,
     iterations: int,
     tolerance: float | Tensor = 1e-4,
     start: Tensor | None = None,
+    restrict: Callable[[Tensor], Image] | None = None,
 ) -> Solve:
     """Conjugate gradients from x = 0, with a linear image of the solution carried along.
 
@@ -61,7 +67,8 @@ def cg(
     residual alone. The directions after it are made conjugate to it as well as to the last.
 
     A datum whose p^T A p is not positive (a learned Jacobian is not quite symmetric) or whose residual is below tolerance stops where
-    it is; the others go on. The products end when all have stopped; on a GPU, where asking would make the host wait, after all iterations.
+    it is; the others go on, alone once they are few. The products end when all have stopped; on a GPU, where asking would make the host wait,
+    after all iterations.
 
     Args:
         product: p (B, *O) -> (A p, image of p), the image of any shape (B, *S).
@@ -69,6 +76,7 @@ def cg(
         iterations: Most products with A.
         tolerance: Stop a datum at |r| <= tolerance |b|; a number or one per datum, shape (B,).
         start: First directions (B, *O), b where None; a datum whose guess is 0 starts from b.
+        restrict: Makes the product for some of the data, given their indices; used where at most FEW of the data still need one. None: all go on.
 
     Returns:
         Solve with image; its residual is that of the recurrence, which in exact arithmetic is the true one.
@@ -77,22 +85,34 @@ def cg(
     stop = norm * _column(tolerance, b) ** 2
     x, r, used, alive = torch.zeros_like(b), b, torch.zeros(b.shape[0], dtype=torch.long, device=b.device), norm > stop
     p = b if start is None else torch.where(dot(start, start) > 0, start, b)
-    image, past = None, []
+    image, past, rows, wholes = None, [], torch.arange(len(b), device=b.device), []
     for _ in range(iterations):
         if _ended(alive):
             break
+        if restrict is not None and image is not None and _few(alive):
+            some = alive.flatten().nonzero()[:, 0]
+            wholes.append((some, x, r, used, image))
+            x, r, p, used, alive, stop, image, rows = (a[some] for a in (x, r, p, used, alive, stop, image, rows))
+            past, product = [tuple(a[some] for a in direction) for direction in past], restrict(rows)
         Ap, image_p = product(p)
         curvature = dot(p, Ap)
         used = used + alive.flatten()
         alive = alive & (curvature > 0)
         step = _safe(dot(r, p), curvature, alive)
         x, r = x + step * p, r - step * Ap
-        image_step = step.reshape(-1, *[1] * (image_p.ndim - 1)) * image_p
+        image_step = _column(step, image_p) * image_p
         image = image_step if image is None else image + image_step
         alive = alive & (dot(r, r) > stop)
         past = [*past[: start is not None], (p, Ap, curvature)]
         p = r - sum(_safe(dot(r, Aq), c, alive) * q for q, Aq, c in past)
+    for some, *whole in reversed(wholes):
+        x, r, used, image = (a.index_copy(0, some, part) for a, part in zip(whole, (x, r, used, image)))
     return Solve(x, _safe(dot(r, r), norm, norm > 0).sqrt().flatten(), used, image)
+
+
+def _few(alive: Tensor) -> bool:
+    """Whether at most FEW of the data need another product; on a GPU never, as for `_ended`."""
+    return alive.device.type == "cpu" and int(alive.sum()) <= FEW * len(alive)
 
 
 def _column(a: float | Tensor, like: Tensor) -> float | Tensor:
@@ -106,13 +126,14 @@ def _ended(alive: Tensor) -> bool:
 
 
 def gmres(
-    product: Callable[[Tensor], tuple[Tensor, Tensor]],
+    product: Image,
     b: Tensor,
     iterations: int,
     tolerance: float | Tensor = 1e-4,
     start: Tensor | None = None,
+    restrict: Callable[[Tensor], Image] | None = None,
 ) -> Solve:
-    """GMRES from x = 0 without restarts, for systems that are not symmetric; arguments and result as for `cg`, but that a guess is not used.
+    """GMRES from x = 0 without restarts, for systems that are not symmetric; arguments and result as for `cg`, but start and restrict are not used.
 
     The basis is orthogonalised twice. A datum is done at its tolerance or when its Krylov space is exhausted: its basis ends there, while those of
     the others grow. Memory: iterations + 1 vectors.
@@ -121,7 +142,7 @@ def gmres(
     beta = dot(b, b).sqrt()
     images: list[Tensor] = []
     H = b.new_zeros(batch, iterations + 1, iterations)
-    alive = (beta > 0).flatten() & (1.0 > torch.as_tensor(tolerance, device=b.device))
+    alive = (beta > 0).flatten() & (torch.as_tensor(tolerance, device=b.device) < 1.0)
     basis = [_safe(b, beta.expand_as(b), _column(alive, b).expand_as(b))]
     used, residual = torch.zeros(batch, dtype=torch.long, device=b.device), (beta > 0).flatten().to(b.dtype)
     for j in range(iterations):

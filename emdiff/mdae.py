@@ -11,8 +11,8 @@ z has variance 1 on average over a datum; where all its levels are equal it is s
 their Wiener gain w: with sqrt(p/(1+p)) entry by entry, those measured coarsely would enter as unit noise, which a convolution mixes with the
 others before any non-linearity could tell them apart (docs/method.md, Levels per entry).
 
-spread = 1 is the paper's choice, with 1-q = p/(1+p) and (1+p)^(-1/2) before F. A smaller spread, the std of an entry given its surroundings rather than
-its marginal std, passes less noise for F to cancel at coarse levels (docs/method.md, The start).
+spread = 1 is the paper's choice, with 1-q = p/(1+p) and (1+p)^(-1/2) before F. A smaller spread, the std of an entry given its surroundings
+rather than its marginal std, passes less noise for F to cancel at coarse levels (docs/method.md, The start).
 
 ChannelMDAE: the network of the paper, which sees all M measurements of one fixed set of levels and has M outputs (eq. 18-20).
 

@@ -1,4 +1,4 @@
-r"""Posterior samplers of the peers, on emdiff's network: the other side of bench_estep. Everything here is the benchmark's own; emdiff does not use it.
+r"""Posterior samplers of the peers, on emdiff's network: the other side of bench_estep. The benchmark's own; emdiff does not use it.
 
 ddpm: ancestral sampling with moment-matching guidance as diffusion-priors does it. Levels fall geometrically from tau_first to tau_last in `steps`
 steps; each replaces the part 1 - (tau'/tau)^2 of x_t by the guided jump and adds the noise that leaves level tau'; the last state is guided once
@@ -55,7 +55,13 @@ def guided_jump(denoiser: Denoiser, data: Observations, y: Tensor, tau: float, i
 
 @torch.no_grad()
 def ddpm(
-    denoiser: Denoiser, data: Observations, iterations: int, generator: torch.Generator, tau_first: float = 100.0, tau_last: float = 1e-3, steps: int = 64
+    denoiser: Denoiser,
+    data: Observations,
+    iterations: int,
+    generator: torch.Generator,
+    tau_first: float = 100.0,
+    tau_last: float = 1e-3,
+    steps: int = 64,
 ) -> Tensor:
     """One sample of x | obs for each datum, (B, *S), standardised units."""
     taus = [tau_first * (tau_last / tau_first) ** (i / steps) for i in range(steps + 1)]

@@ -199,7 +199,9 @@ def test_cg_with_a_guess_minimises_the_energy_norm_over_the_span_of_its_directio
     P, A, got, rhs = torch.stack(seen, -1)[rows], A[rows], got[rows], b.flatten(1)[rows]
     conjugate = torch.einsum("bdi,bde,bej->bij", P, A, P)
     scale = conjugate.diagonal(dim1=1, dim2=2).sqrt()
-    torch.testing.assert_close(conjugate / scale[:, :, None] / scale[:, None, :], torch.eye(iterations, dtype=P.dtype).expand(B - 1, -1, -1), atol=1e-8, rtol=0)
+    torch.testing.assert_close(
+        conjugate / scale[:, :, None] / scale[:, None, :], torch.eye(iterations, dtype=P.dtype).expand(B - 1, -1, -1), atol=1e-8, rtol=0
+    )
     best = torch.einsum("bdk,bk->bd", P, torch.einsum("bdk,bd->bk", P, rhs) / conjugate.diagonal(dim1=1, dim2=2))
     torch.testing.assert_close(got, best, rtol=1e-6, atol=1e-9)
 
@@ -223,3 +225,20 @@ def test_a_tolerance_per_datum_stops_each_at_its_own_and_one_above_1_needs_no_pr
         assert one.iterations[0] == solve.iterations[i]
     none = SOLVERS[name](products(systems(), C), b, 4, 2.0)
     assert none.image is None and (none.x == 0).all() and (none.residual == 1).all()
+
+
+@pytest.mark.parametrize("guess", [None, normal(B, *S, seed=6)], ids=["no guess", "guess"])
+def test_few_data_go_on_alone_and_end_where_they_would_have(guess: Tensor | None) -> None:
+    """The last datum needs many iterations, the others one or none: its products are made for it alone, and nothing else changes."""
+    A, sizes = systems(), []
+    tolerance = torch.tensor([2.0, 2.0, 2.0, 2.0, 1e-10], dtype=torch.float64)
+
+    def restrict(index: Tensor):
+        part = products(A[index], C[index])
+        return lambda p: sizes.append(len(p)) or part(p)
+
+    whole = cg(products(A, C), b, 5, tolerance, guess)
+    some = cg(products(A, C), b, 5, tolerance, guess, restrict)
+    assert sizes == [1] * 4
+    for got, expected in zip(some, whole):
+        torch.testing.assert_close(got, expected)
