@@ -29,23 +29,17 @@ def observe(
     Args:
         data: Clean data, .npz, .npy or .h5; uint8 images become [0, 1].
         noise_std: Standard deviation of n, in the units of the data.
-        out: File to write, .npz or .h5.
+        out: File to write, .npz or .h5, or a folder of .npy files (FOLDER/).
         observer: How A is drawn: identity, mask (keep), projection (rows); --observer.help mask tells more.
         count: Take the first so many data; all by default.
         seed: Seed of masks and noise.
         device: Accepted for uniformity; observing runs on the CPU.
     """
-    from emdiff.observations import Observations, read_data, write_observations
-    from emdiff.streams import stream
-
     _positive("--noise-std", noise_std)
-    _suffix("--out", out, (".npz", ".h5", ".hdf5"))
-    x = read_data(Path(data), count)
-    generator = stream(seed, "observe")
-    drawn = observer.draw(tuple(x.shape[1:]), len(x), noise_std, generator)
-    write_observations(Path(out), Observations(drawn.simulate(x, generator), drawn), x)
-    print(f"{len(x)} observations of shape {tuple(x.shape[1:])} through {drawn.name}, noise_std {noise_std:g} -> {out}")
-    print(f"next: emdiff fit --observations {out}")
+    _suffix("--out", out, (".npz", ".h5", ".hdf5", "/"))
+    from emdiff.commands import observe_command
+
+    observe_command(Path(data), observer, noise_std, count, Path(out), seed)
 
 
 def fit(
@@ -70,7 +64,7 @@ def fit(
     """Learn a prior from observations; running the same command again continues it.
 
     Args:
-        observations: File of observations, .npz or .h5.
+        observations: File of observations, .npz or .h5, or a folder of .npy files; it may be larger than memory.
         out: Run folder. Unset: runs/NAME-HASH of the observations and the settings, so that the same command finds its run again.
         iters: EM iterations; more than a finished run has continues it.
         start: Where EM starts from; auto says which it took and why.
@@ -149,7 +143,7 @@ def reconstruct(
         run: Run folder of `emdiff fit`.
         observations: File of observations, not necessarily the ones the run learned from.
         samples: Posterior samples per observation, at least 2 for a std.
-        out: File to write, .npz with samples (N, samples, *S), mean and std (N, *S).
+        out: File to write, .npz, .h5 or a folder (FOLDER/), with samples (N, samples, *S), mean and std (N, *S).
         observer: Name of the observer, if the file does not hold it.
         noise_std: Noise level, if the file does not hold it.
         shape: Shape of x, if the file does not hold it.
@@ -159,11 +153,11 @@ def reconstruct(
         compile: Run the network through torch.compile; pays from some minutes of sampling on, and with fused guidance only.
     """
     from emdiff.commands import reconstruct_command
-    from emdiff.observations import read_observations
+    from emdiff.observations import open_observations
 
     _at_least("--samples", samples, 2)
-    _suffix("--out", out, (".npz",))
-    data = read_observations(Path(observations), observer, noise_std, tuple(shape) if shape else None, uint8_range)
+    _suffix("--out", out, (".npz", ".h5", ".hdf5", "/"))
+    data = open_observations(Path(observations), observer, noise_std, tuple(shape) if shape else None, uint8_range)
     reconstruct_command(Path(run), data, samples, Path(out), seed, device, compile)
 
 
@@ -192,7 +186,7 @@ def evaluate(
         observations: File of observations, those of the fit or others of the same kind.
         truth: File of the clean data behind them, in the same order. Unset: the truth in the file of observations, if there is one.
         samples: Posterior samples per observation, at least 4.
-        count: Evaluate the first so many observations; all by default.
+        count: Evaluate the first so many observations. Unset: all, or where their samples would exceed 1 GB a random subset that does not.
         prior_samples: Prior samples.
         oracle: A prior.safetensors, such as one trained on clean data; every figure is also given as a ratio to that prior's.
         features: Feature module for Frechet and kernel distances: random-conv-64, or a TorchScript file that maps images to vectors.
@@ -206,15 +200,15 @@ def evaluate(
         wandb: Log the figures to the W&B run of the fit as eval/NAME, with calibration tables and the report. Unset: as the fit did.
     """
     from emdiff.commands import evaluate_command
-    from emdiff.observations import read_observations
+    from emdiff.observations import open_observations
 
     _at_least("--samples", samples, 4)
     _at_least("--prior-samples", prior_samples, 2)
-    data = read_observations(Path(observations), observer, noise_std, tuple(shape) if shape else None, uint8_range)
+    data = open_observations(Path(observations), observer, noise_std, tuple(shape) if shape else None, uint8_range)
     if count is not None and not 2 <= count <= len(data):
         raise UsageError(f"--count is {count}; {observations} holds {len(data)} observations, give 2 to {len(data)}")
     evaluate_command(
-        Path(run), Path(observations), data.rows(slice(0, count)), Path(truth or observations), truth is not None, samples, prior_samples,
+        Path(run), Path(observations), data, count, Path(truth or observations), truth is not None, samples, prior_samples,
         Path(oracle) if oracle else None, features, Path(out) if out else Path(run) / "evaluation", seed, device, wandb,
     )  # fmt: skip
 

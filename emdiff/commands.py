@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import yaml
 from torch import Tensor
 from tqdm import tqdm
 
 from emdiff.compiled import for_sampling
+from emdiff.data import Data, Observations
 from emdiff.errors import UsageError
 from emdiff.evaluate import Evaluation, Task, drifts, evaluate, ratios, write_evaluation
 from emdiff.features import feature_module
@@ -21,15 +24,19 @@ from emdiff.figures import is_image, save_progress, save_rows, save_samples
 from emdiff.files import write_arrays
 from emdiff.fit import run_fit
 from emdiff.metrics import residual_chi2, truth_figures
-from emdiff.observations import Observations, read_data, read_observations, read_truth
+from emdiff.observations import open_data, open_observations, open_truth, write_parts
 from emdiff.plan import Config, default_name, make_plan, print_plan, resolve_device, resolved_config
 from emdiff.posterior import check_shape, run_walk, sample_posterior
 from emdiff.prior import load_prior, sample_prior
 from emdiff.report import write_report
+from emdiff.rows import BLOCK, Rows, spans
 from emdiff.runs import Run, latest_prior, round_metrics, round_of, versions
 from emdiff.scale import estimate_scale
 from emdiff.streams import stream
 from emdiff.track import Tracker
+from emdiff.written import NewArchive
+from observers import Observer
+from observers.recipes import Recipe
 
 
 class Console:
@@ -79,11 +86,12 @@ class Console:
             self.bar.close()
 
 
-def bars() -> Callable[[str, int], Callable[[int], None]]:
-    """Phases shown as one bar after the other."""
+def bars(span: slice | None = None, count: int = 0) -> Callable[[str, int], Callable[[int], None]]:
+    """Phases shown as one bar after the other; where they are of a part of `count` data, the name says which."""
+    which = f" of data {span.start + 1} to {span.stop}" if span and span.stop - span.start < count else ""
 
     def phase(name: str, total: int) -> Callable[[int], None]:
-        bar = tqdm(total=total, desc=name, leave=False, file=sys.stderr)
+        bar = tqdm(total=total, desc=f"{name}{which}", leave=False, file=sys.stderr)
 
         def update(done: int) -> None:
             bar.update(done - bar.n)
@@ -95,21 +103,40 @@ def bars() -> Callable[[str, int], Callable[[int], None]]:
     return phase
 
 
+def observe_command(data: Path, recipe: Recipe, noise_std: float, count: int | None, out: Path, seed: int) -> None:
+    """`emdiff observe`: in parts, each with operators and noise of its own from one stream."""
+    x, generator = open_data(data, count), stream(seed, "observe")
+    shape, name = tuple(x.shape[1:]), ""
+
+    def parts() -> Iterator[tuple[Observations, Tensor]]:
+        nonlocal name
+        shared: Observer | None = None
+        for span in spans(len(x), math.prod(shape), len(x), BLOCK // 4):
+            clean = x[span]
+            drawn = shared or recipe.draw(shape, len(clean), noise_std, generator)
+            shared, name = drawn if drawn.count is None and not span.start else shared, drawn.name
+            yield Observations(drawn.simulate(clean, generator), drawn), clean
+
+    write_parts(out, len(x), parts())
+    print(f"{len(x)} observations of shape {shape} through {name}, noise_std {noise_std:g} -> {out}")
+    print(f"next: emdiff fit --observations {out}")
+
+
 def fit_command(config: Config) -> None:
     """`emdiff fit`."""
     path, device = Path(config["observations"]), resolve_device(config["device"])
     shape = tuple(config["shape"]) if config["shape"] else None
-    data = read_observations(path, config["observer"], config["noise_std"], shape, config["uint8_range"])
+    data = open_observations(path, config["observer"], config["noise_std"], shape, config["uint8_range"])
     scale = estimate_scale(data, stream(config["seed"], "scale"))
     plan, reasons = make_plan(config, data, scale, device)
     resolved = resolved_config(config, plan)
     out = Path(config["out"]) if config["out"] else Path("runs") / default_name(path, resolved)
-    run = Run(out, resolved, path, needed=4 * (plan.iters + 3) * len(data) * math.prod(data.shape))
+    run = Run(out, resolved, path, needed=4 * (plan.iters + 6) * len(data) * math.prod(data.shape))
     print_plan(data, scale, plan, reasons, out, run.finished())
     tracker = Tracker(config["wandb"], out, resolved, warn=lambda line: print(f"note: {line}"))
-    truth = read_truth(path)
+    truth, obs = open_truth(path), data.rows(slice(0, 12)).obs
     fixed = {} if truth is None else {"truth": truth[:12]}
-    console = Console(run, tracker, fixed | ({"observation": data.obs[:12]} if data.obs.shape[1:] == data.shape else {}))
+    console = Console(run, tracker, fixed | ({"observation": obs} if obs.shape[1:] == data.shape else {}))
     try:
         run_fit(data, scale, plan, run, console, (lambda x: truth_figures(x, truth)) if truth is not None else (lambda x: {}))
     finally:
@@ -135,32 +162,43 @@ def sample_command(run: Path, count: int, out: Path, levels: int, steps: int, se
     print(f"next: look at {picture}; np.load('{out}')['x'] is in the units of the data")
 
 
-def reconstruct_command(run: Path, data: Observations, samples: int, out: Path, seed: int, device: str, compile: bool = False) -> None:
+def reconstruct_command(run: Path, data: Data, samples: int, out: Path, seed: int, device: str, compile: bool = False) -> None:
     """`emdiff reconstruct`."""
     device = resolve_device(device)
     prior = for_sampling(load_prior(latest_prior(run), device), device, compile)
     check_shape(prior, data, run)
     generator = stream(seed, "reconstruct", device=device)
-    stacked = sample_posterior(prior, data, run_walk(run, data, device), samples, generator, bars()).x
-    mean, std = stacked.mean(1), stacked.std(1)
-    write_arrays(out, samples=stacked.numpy(), mean=mean.numpy(), std=std.numpy())
-    picture = out.with_suffix(".png")
-    rows = {"sample 1": stacked[:, 0], "sample 2": stacked[:, 1], "mean": mean, "std": std}
-    save_rows(picture, {"observation": data.obs, **rows} if data.obs.shape[1:] == data.shape else rows)
-    chi2 = float(residual_chi2(data, stacked[:, 0]).mean())
+    walk, chi2, picture = run_walk(run, data, device), 0.0, out.with_suffix(".png")
+    with NewArchive(out) as new:
+        shapes = {"samples": (len(data), samples, *data.shape), "mean": (len(data), *data.shape), "std": (len(data), *data.shape)}
+        arrays = {name: new.array(name, shape, np.float32) for name, shape in shapes.items()}
+        for span in spans(len(data), samples * math.prod(data.shape), len(data), BLOCK):
+            block = data.rows(span)
+            stacked = sample_posterior(prior, block, walk, samples, generator, bars(span, len(data))).x
+            made = {"samples": stacked, "mean": stacked.mean(1), "std": stacked.std(1)}
+            for name, values in made.items():
+                arrays[name][span] = values
+            chi2 += float(residual_chi2(block, stacked[:, 0]).sum()) / len(data)
+            if not span.start:
+                rows = {"sample 1": stacked[:12, 0], "sample 2": stacked[:12, 1], "mean": made["mean"], "std": made["std"]}
+                save_rows(picture, {"observation": block.obs, **rows} if block.obs.shape[1:] == data.shape else rows)
     print(f"{samples} posterior samples of each of {len(data)} observations, residual chi2 {chi2:.3f} (1 is calibrated) -> {out}, picture {picture}")
     print(f"next: look at {picture}; np.load('{out}') holds samples, mean and std in the units of the data")
 
 
 def evaluate_command(
-    run: Path, file: Path, data: Observations, truth_file: Path, demanded: bool, samples: int, prior_samples: int,
+    run: Path, file: Path, data: Data, count: int | None, truth_file: Path, demanded: bool, samples: int, prior_samples: int,
     oracle: Path | None, features: str, out: Path, seed: int, device: str, wandb: str | None,
 ) -> None:  # fmt: skip
     """`emdiff evaluate`."""
     device = resolve_device(device)
     prior = load_prior(latest_prior(run), device)
     check_shape(prior, data, run)
-    truth = read_matching_truth(truth_file, data, demanded)
+    rows = evaluated_rows(data, count, samples, seed)
+    if count is None and len(rows) < len(data):
+        print(f"evaluating a random {len(rows)} of {len(data)} observations: their samples are held in memory; --count takes the first so many")
+    truth = read_matching_truth(truth_file, data, rows, demanded)
+    total, data = len(data), data.rows(rows)
     if truth is not None and is_image(data.shape):
         feature_module(features, truth[:2].reshape(len(truth[:2]), -1, *data.shape[-2:]))
     best = load_prior(oracle, device) if oracle else None
@@ -169,8 +207,8 @@ def evaluate_command(
     found = evaluate(prior, task, bars())
     found = found._replace(figures=found.figures | drifts([row for row in history if row["iter"] <= iteration], prior.scale.std))
     rival = evaluate(best, task, bars()).figures if best else None
-    about = {"run": run.name, "observations": str(file), "observations_count": len(data), "samples": samples, "iter": iteration, "seed": seed,
-             "features": features, "versions": versions()}  # fmt: skip
+    about = {"run": run.name, "observations": str(file), "observations_count": len(data), "observations_total": total,
+             "samples": samples, "iter": iteration, "seed": seed, "features": features, "versions": versions()}  # fmt: skip
     verdict = write_evaluation(out, about, found, history, rival)
     mode = wandb or yaml.safe_load((run / "config.yaml").read_text()).get("wandb", "off")
     if out == run / "evaluation":
@@ -187,21 +225,29 @@ def evaluate_command(
     print(f"next: open {run / 'report.html'}")
 
 
-def read_matching_truth(path: Path, data: Observations, demanded: bool) -> Tensor | None:
-    """The truth behind the observations (N, *S); None where none was demanded and the file has none.
+def evaluated_rows(data: Data, count: int | None, samples: int, seed: int) -> Tensor:
+    """Indices of the data to evaluate: the first `count`, or all, or so many random ones as keep all samples together within 4 BLOCK entries."""
+    most = max(2, 4 * BLOCK // (samples * math.prod(data.shape)))
+    if count is not None or len(data) <= most:
+        return torch.arange(len(data) if count is None else count)
+    return torch.randperm(len(data), generator=stream(seed, "evaluated rows"))[:most].sort().values
+
+
+def read_matching_truth(path: Path, data: Data, rows: Tensor, demanded: bool) -> Tensor | None:
+    """The truth behind the observations at indices (n,), (n, *S); None where none was demanded and the file has none.
 
     Raises:
         UsageError: if a demanded truth cannot be read, is too short, or has another shape.
     """
-    truth = read_data(path) if demanded else read_truth(path)
+    truth: Rows | None = open_data(path) if demanded else open_truth(path)
     if truth is None:
         return None
-    if len(truth) < len(data) or tuple(truth.shape[1:]) != data.shape:
+    if len(truth) <= int(rows.max()) or tuple(truth.shape[1:]) != data.shape:
         raise UsageError(
-            f"{path}: the truth has shape {tuple(truth.shape)}, expected ({len(data)} or more, {', '.join(map(str, data.shape))}); "
+            f"{path}: the truth has shape {tuple(truth.shape)}, expected ({int(rows.max()) + 1} or more, {', '.join(map(str, data.shape))}); "
             "give the clean data behind these observations, in their order"
         )
-    return truth[: len(data)]
+    return truth[rows]
 
 
 def print_evaluation(found: Evaluation, rival: dict[str, float] | None) -> None:

@@ -23,18 +23,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from emdiff.accumulate import accumulate, levels
+from emdiff.data import Data, Observations, measured, observer_name
 from emdiff.denoise import Denoiser
 from emdiff.guidance import TOLERANCE, FusedPosterior, PosteriorDenoiser
 from emdiff.langevin import STEPS
 from emdiff.mdae import MDAE
-from emdiff.observations import Observations
 from emdiff.prior import TAU_FIRST
+from emdiff.rows import Array, Store, chosen_rows
 
 Progress = Callable[[int], None]
 
@@ -92,24 +93,24 @@ class Draws(NamedTuple):
         sample: With a solver, a complete sample of x | y, obs (N, *S): the jump and its posterior deviation. None where the jump stands for it.
     """
 
-    y: Tensor
-    x: Tensor
+    y: Array
+    x: Array
     tau: float
     restarted: int = 0
     kept: Tensor | None = None
     residual: float = 0.0
     iterations: float = 0.0
-    sample: Tensor | None = None
+    sample: Array | None = None
 
 
-def choose_guidance(data: Observations, wanted: str = "auto") -> tuple[str, str]:
+def choose_guidance(data: Data, wanted: str = "auto") -> tuple[str, str]:
     """Guidance and the reason for it: fused where an observation is one more measurement, else CG.
 
     Raises:
         ValueError: if fused is wanted where it does not apply.
     """
-    fusable = data.rows(slice(0, 1)).observer.as_measurement(data.obs[:1]) is not None
-    name = data.observer.name
+    one = data.rows(slice(0, 1))
+    fusable, name = one.observer.as_measurement(one.obs) is not None, one.observer.name
     if wanted == "fused" and not fusable:
         raise ValueError(f"--guidance fused needs At cov_obs^-1 A diagonal, and observer {name} mixes entries; use cg")
     if wanted == "auto" and fusable:
@@ -127,7 +128,7 @@ def posterior(prior: Denoiser, data: Observations, walk: Walk) -> Denoiser:
     return PosteriorDenoiser(prior, data.observer, data.obs, walk.guidance, walk.iterations, walk.tolerance, walk.coarse)
 
 
-def walk_levels(data: Observations, walk: Walk) -> list[float]:
+def walk_levels(data: Data, walk: Walk) -> list[float]:
     """The levels of a walk on these observations.
 
     From infinity, where all entries are observed, the fused levels fall geometrically from the observations' own noise; where some are
@@ -135,14 +136,13 @@ def walk_levels(data: Observations, walk: Walk) -> list[float]:
     """
     if math.isfinite(walk.tau_first):
         return levels(walk.tau_first, walk.tau_last, walk.levels)
-    direct = data.observer.as_measurement(data.obs)
-    if direct is None:
+    found = measured(data)
+    if found is None:
         raise ValueError(
-            f"a walk from infinity needs observations that are measurements of x; observer {data.observer.name} needs a finite tau_first"
+            f"a walk from infinity needs observations that are measurements of x; observer {observer_name(data)} needs a finite tau_first"
         )
-    sigma = direct[1]
-    if bool(sigma.isfinite().all()):
-        return levels(math.inf, walk.tau_last, walk.levels, float(sigma.median()))
+    if found.complete:
+        return levels(math.inf, walk.tau_last, walk.levels, found.median)
     return levels(TAU_FIRST, walk.tau_last, walk.levels)
 
 
@@ -176,13 +176,14 @@ def escaped(x: Tensor, bound: float) -> Tensor:
 @torch.no_grad()
 def e_step(
     prior: Denoiser,
-    data: Observations,
-    chains: Tensor | None,
+    data: Data,
+    chains: Array | None,
     walk: Walk,
     generator: torch.Generator,
     bound: float = math.inf,
     progress: Progress = lambda done: None,
     tau_chains: float | None = None,
+    store: Store | None = None,
 ) -> Draws:
     """Sample x | obs for every observation.
 
@@ -196,43 +197,57 @@ def e_step(
         bound: Samples beyond it, or not finite, are walked again, at most RETRIES times; then the chain keeps its last sample.
         progress: Called with the number of observations done.
         tau_chains: Level of chains; walk.tau_last if None.
+        store: Makes the arrays "y", "x" and, with a solver, "sample", which are filled batch by batch; None takes tensors.
 
     Returns:
         Draws, on the CPU.
     """
     device, taus = generator.device, walk_levels(data, walk)
     tau_chains = walk.tau_last if tau_chains is None else tau_chains
-    parts, restarted, kept = [], 0, []
+    parts, kept, arrays = [], [], dict[str, Any]()
     for i in range(0, len(data), walk.batch):
-        batch = data.rows(slice(i, i + walk.batch)).to(device)
-        before = None if chains is None else chains[i : i + walk.batch].to(device)
-        draws = walk_batch(prior, batch, before, walk, taus, generator, tau_chains)
-        y, x, sample = draws.y, draws.x, draws.x if draws.sample is None else draws.sample
-        for _ in range(RETRIES):
-            bad = escaped(x, bound).nonzero()[:, 0]
-            if not len(bad):
-                break
-            restarted += len(bad)
-            again = walk_batch(prior, batch.rows(bad), None if before is None else before[bad], walk, taus, generator, tau_chains)
-            y, x = y.index_copy(0, bad, again.y), x.index_copy(0, bad, again.x)
-            sample = sample.index_copy(0, bad, again.x if again.sample is None else again.sample)
-        bad = escaped(x, bound)
-        kept.append(bad.cpu())
-        if bool(bad.any()):
-            last = torch.zeros_like(x) if before is None else before
-            y, x, sample = (torch.where(bad.reshape(-1, *[1] * (x.ndim - 1)), last, a) for a in (y, x, sample))
-        parts.append(draws._replace(y=y.cpu(), x=x.cpu(), sample=sample.cpu()))
-        progress(min(i + walk.batch, len(data)))
-    mean = lambda name: sum(getattr(p, name) for p in parts) / len(parts)  # noqa: E731
-    y, x, sample = (torch.cat([getattr(p, name) for p in parts]) for name in ("y", "x", "sample"))
-    return Draws(y, x, parts[0].tau, restarted, torch.cat(kept), mean("residual"), mean("iterations"), None if walk.guidance == "fused" else sample)
+        span = slice(i, min(i + walk.batch, len(data)))
+        before = None if chains is None else chains[span].to(device)
+        draws = _walk_within(bound, prior, data.rows(span).to(device), before, walk, taus, generator, tau_chains)
+        for name in ("y", "x") if walk.guidance == "fused" else ("y", "x", "sample"):
+            batch, shape = getattr(draws, name), (len(data), *data.shape)
+            if name not in arrays:
+                arrays[name] = store(name, shape) if store else torch.empty(shape, dtype=batch.dtype)
+            arrays[name][span] = batch.cpu()
+        kept.append(draws.kept.cpu())
+        parts.append((draws.tau, draws.restarted, draws.residual, draws.iterations))
+        progress(span.stop)
+    tau, restarted, residual, iterations = zip(*parts)
+    mean = lambda values: sum(values) / len(values)  # noqa: E731
+    return Draws(arrays["y"], arrays["x"], tau[0], sum(restarted), torch.cat(kept), mean(residual), mean(iterations), arrays.get("sample"))
+
+
+def _walk_within(bound: float, prior: Denoiser, batch: Observations, before: Tensor | None, walk: Walk, *how: Any) -> Draws:
+    """`walk_batch`, where samples beyond the bound are walked again: see `e_step`."""
+    draws = walk_batch(prior, batch, before, walk, *how)
+    y, x, sample = draws.y, draws.x, draws.x if draws.sample is None else draws.sample
+    restarted = 0
+    for _ in range(RETRIES):
+        bad = escaped(x, bound).nonzero()[:, 0]
+        if not len(bad):
+            break
+        restarted += len(bad)
+        again = walk_batch(prior, batch.rows(bad), None if before is None else before[bad], walk, *how)
+        y, x = y.index_copy(0, bad, again.y), x.index_copy(0, bad, again.x)
+        sample = sample.index_copy(0, bad, again.x if again.sample is None else again.sample)
+    bad = escaped(x, bound)
+    if bool(bad.any()):
+        last = torch.zeros_like(x) if before is None else before
+        y, x, sample = (torch.where(bad.reshape(-1, *[1] * (x.ndim - 1)), last, a) for a in (y, x, sample))
+    return draws._replace(y=y, x=x, sample=sample, restarted=restarted, kept=bad)
 
 
 def drawn(draws: Draws) -> Draws:
     """The draws without the data whose chains were kept."""
     if draws.kept is None or not bool(draws.kept.any()):
         return draws
-    return draws._replace(y=draws.y[~draws.kept], x=draws.x[~draws.kept], kept=None)
+    index = (~draws.kept).nonzero()[:, 0]
+    return draws._replace(y=chosen_rows(draws.y, index), x=chosen_rows(draws.x, index), kept=None)
 
 
 def over_relaxed(draws: Draws) -> Draws:
@@ -254,7 +269,7 @@ class PairLoss:
         centre: Mean of log tau.
     """
 
-    def __init__(self, draws: Draws, tau_last: float, sigma_z: Tensor | None = None, centre: float = -0.3) -> None:
+    def __init__(self, draws: Draws, tau_last: float, sigma_z: Array | None = None, centre: float = -0.3) -> None:
         self.draws, self.tau_last, self.sigma_z, self.centre = draws, tau_last, sigma_z, centre
 
     def __call__(self, denoiser: MDAE, index: Tensor, generator: torch.Generator) -> Tensor:

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from emdiff.compiled import for_sampling
+from emdiff.data import Data, held, measured
 from emdiff.em import Draws, PairLoss, Walk, drawn, e_step, over_relaxed
 from emdiff.gaussian import condition, fit_gaussian
 from emdiff.mdae import MDAE
 from emdiff.metrics import prior_figures, sample_figures
-from emdiff.observations import Observations
 from emdiff.pool import restart
 from emdiff.prior import Prior, build_network, load_prior, sample_prior, save_prior, set_precision
+from emdiff.rows import Array, Index, Rows, fill
 from emdiff.runs import Run, latest_prior
 from emdiff.scale import Scale
 from emdiff.start import Choice, first_samples, recorrupt, self_supervised_loss
@@ -31,6 +32,9 @@ from emdiff.verdict import best_iteration, should_stop
 
 GAUSSIAN_ITERATIONS = 20
 """EM iterations of the Gaussian start, where it has no closed form."""
+
+HELD_OUT = 4096
+"""Most observations held out of the self-supervised training: each check looks at all of them."""
 
 SPREAD = 1.005
 """An iteration over-relaxes if the last samples' std exceeds the data's own, estimated from the observations, by this factor."""
@@ -86,12 +90,12 @@ class Listener(Protocol):
 
 
 def run_fit(
-    data: Observations,
+    data: Data,
     scale: Scale,
     plan: Plan,
     run: Run,
     listener: Listener,
-    evaluate: Callable[[Tensor], dict[str, float]] = lambda x: {},
+    evaluate: Callable[[Array], dict[str, float]] = lambda x: {},
 ) -> Prior:
     """Fit a prior, continuing whatever the run folder holds.
 
@@ -106,7 +110,7 @@ def run_fit(
     Returns:
         The prior of the last round, or of the best where plan.stop.
     """
-    standard = scale.observations(data)
+    standard = held(scale.view(data))
     for k in range(run.finished() + 1, plan.iters + 1):
         if plan.stop and k > 1 and should_stop(run.history()):
             break
@@ -114,23 +118,22 @@ def run_fit(
         run.begin(k)
         x, prior, metrics = start_round(standard, scale, plan, run, listener) if k == 0 else em_round(k, standard, scale, plan, run, listener)
         save_prior(run.round_path(k) / "prior.safetensors", prior)
-        x = scale.restore(x)
-        run.save_array(k, "samples", x)
-        pictures = {"samples": x[:64]}
+        samples = fill(run.new_array(k, "samples", x.shape), x, scale.restore).commit()
+        pictures = {"samples": samples[:64]}
         if k:
             bar = listener.phase(f"round {k}: prior samples", plan.prior_samples)
             fast = for_sampling(prior, plan.device, plan.compile)
             drawn = sample_prior(fast, plan.prior_samples, stream(plan.seed, "prior samples", k, device=plan.device), progress=bar)
             pictures["prior"] = drawn[:64]
             metrics |= prior_figures(data, drawn, stream(plan.seed, "figures", k))
-        metrics |= {"iter": k, **sample_figures(data, x), **evaluate(x), "seconds": time.perf_counter() - clock}
+        metrics |= {"iter": k, **sample_figures(data, samples), **evaluate(samples), "seconds": time.perf_counter() - clock}
         run.finish(k, metrics)
         listener.round(k, metrics, pictures)
     run.choose(best_iteration(run.history()) if plan.stop else None)
     return load_prior(latest_prior(run.path), plan.device)
 
 
-def start_round(data: Observations, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Tensor, Prior, dict[str, Any]]:
+def start_round(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Array, Prior, dict[str, Any]]:
     """First samples x (N, *S), the network they leave behind, and figures; data standardised."""
     torch.manual_seed(stream_seed(plan.seed, "network"))
     denoiser = set_precision(build_network(data.shape, **plan.network), plan.device)
@@ -143,54 +146,57 @@ def start_round(data: Observations, scale: Scale, plan: Plan, run: Run, listener
     if plan.start.kind == "gaussian":
         bar = listener.phase("start: Gaussian EM", GAUSSIAN_ITERATIONS)
         gaussian = fit_gaussian(data, GAUSSIAN_ITERATIONS, generator=stream(plan.seed, "gaussian"), progress=bar).to(plan.device)
-    draw, parts = stream(plan.seed, "first samples", device=plan.device), []
+    draw, x, largest = stream(plan.seed, "first samples", device=plan.device), run.scratch(0, "x", (len(data), *data.shape)), 0.0
     bar = listener.phase("start: first samples", len(data))
     for i in range(0, len(data), plan.walk.batch):
-        batch = data.rows(slice(i, i + plan.walk.batch)).to(plan.device)
+        span = slice(i, min(i + plan.walk.batch, len(data)))
+        batch = data.rows(span).to(plan.device)
         if plan.start.kind == "gaussian":
-            parts.append(condition(gaussian, batch.observer, batch.obs, draw).x.cpu())
+            part = condition(gaussian, batch.observer, batch.obs, draw).x
         else:
-            parts.append(first_samples(denoiser, batch, draw).cpu())
-        bar(min(i + plan.walk.batch, len(data)))
-    x = torch.cat(parts)
-    metrics["bound"] = 2 * float(x.abs().max())
-    return x, Prior(denoiser, scale, data.shape, plan.walk.tau_last, plan.network), metrics
+            part = first_samples(denoiser, batch, draw)
+        x[span], largest = part, max(largest, float(part.abs().max()))
+        bar(span.stop)
+    metrics["bound"] = 2 * largest
+    return x.commit(), Prior(denoiser, scale, data.shape, plan.walk.tau_last, plan.network), metrics
 
 
-def train_start(denoiser: MDAE, data: Observations, plan: Plan, listener: Listener) -> Trained:
-    """Train a denoiser on recorrupted observations, a tenth of them held out."""
-    z, sigma = data.observer.as_measurement(data.obs)
-    sigma = sigma.expand(z.shape)
+def train_start(denoiser: MDAE, data: Data, plan: Plan, listener: Listener) -> Trained:
+    """Train a denoiser on recorrupted observations, a tenth of them held out, at most HELD_OUT."""
 
     def loss(denoiser: MDAE, index: Tensor, draws: torch.Generator) -> Tensor:
-        return self_supervised_loss(denoiser, recorrupt(z[index].to(draws.device), sigma[index].to(draws.device), draws))
+        batch = data.rows(index.cpu())
+        z, sigma = batch.observer.as_measurement(batch.obs)
+        return self_supervised_loss(denoiser, recorrupt(z.to(draws.device), sigma.expand(z.shape).to(draws.device), draws))
 
     bar = listener.phase("start: self-supervised training", plan.start_steps)
     seed = stream_seed(plan.seed, "self-supervised")
-    return train(denoiser, loss, len(data), plan.start_steps, plan.batch, plan.rate, seed, max(1, len(data) // 10), plan.device, bar)
+    held_out = max(1, min(len(data) // 10, HELD_OUT))
+    return train(denoiser, loss, len(data), plan.start_steps, plan.batch, plan.rate, seed, held_out, plan.device, bar)
 
 
-def em_round(k: int, data: Observations, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Tensor, Prior, dict[str, Any]]:
+def em_round(k: int, data: Data, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Array, Prior, dict[str, Any]]:
     """One E-step and one M-step: samples x (N, *S), the new prior, figures; data standardised. Leaves the chains in the folder."""
     prior = load_prior(run.round_path(k - 1) / "prior.safetensors", plan.device)
-    clock = time.perf_counter()
+    clock, store = time.perf_counter(), lambda name, shape: run.scratch(k, name, shape)
     walk, relax = plan.walk, k > 1 and over_relaxes(k, plan, run.metrics(k - 1)["sample_std"], scale)
     if k == 1:
-        x = scale.standardise(run.array(0, "samples"))
+        x = run.array(0, "samples").map(scale.standardise)
         draws = Draws(x, x, 0.0)
     else:
         bar = listener.phase(f"round {k}: E-step", len(data))
         walk = walk._replace(tau_last=walk.tau_relax) if relax else walk
         chains, bound = run.array(k - 1, "chains"), run.metrics(0)["bound"]
         if walk.pool:
-            chains = restart(prior, data, chains, walk.pool, walk.tau_first, stream(plan.seed, "pool", k, device=plan.device))
+            chains = restart(prior, data, chains, walk.pool, walk.tau_first, stream(plan.seed, "pool", k, device=plan.device), store)
+        draw = stream(plan.seed, "e-step", k, device=plan.device)
         walker = for_sampling(prior, plan.device, plan.compile).denoiser
-        draws = e_step(walker, data, chains, walk, stream(plan.seed, "e-step", k, device=plan.device), bound, bar, plan.walk.tau_last)
+        draws = e_step(walker, data, chains, walk, draw, bound, bar, plan.walk.tau_last, store)
+        draws = draws._replace(**{name: getattr(draws, name).commit() for name in ("y", "x", "sample") if getattr(draws, name) is not None})
         draws = over_relaxed(draws) if relax else draws
-    eps = torch.randn(draws.y.shape, generator=stream(plan.seed, "chains", k))
-    chains = draws.y + math.sqrt(max(plan.walk.tau_last**2 - draws.tau**2, 0.0)) * eps
+    extra, draw = math.sqrt(max(plan.walk.tau_last**2 - draws.tau**2, 0.0)), stream(plan.seed, "chains", k)
+    fill(run.new_array(k, "chains", draws.y.shape), draws.y, lambda y: y + extra * torch.randn(y.shape, generator=draw)).close()
     seconds_e, clock = time.perf_counter() - clock, time.perf_counter()
-    run.save_array(k, "chains", chains)
     pairs = drawn(draws)
     maps = level_maps(data) if plan.walk.guidance == "fused" else None
     loss = PairLoss(pairs, plan.walk.tau_last, maps)
@@ -216,9 +222,14 @@ def over_relaxes(k: int, plan: Plan, sample_std: float, scale: Scale) -> bool:
     return k <= plan.relax and sample_std > SPREAD * scale.std
 
 
-def level_maps(data: Observations) -> Tensor | None:
+def level_maps(data: Data) -> Array | None:
     """Levels (N, *S) of observations that are measurements of x, where these differ between entries or data, else None."""
-    direct = data.observer.as_measurement(data.obs)
-    if direct is None or bool((direct[1] == direct[1].flatten()[0]).all()):
+    found = measured(data)
+    if found is None or found.uniform:
         return None
-    return direct[1].expand(len(data), *data.shape)
+
+    def levels(index: Index) -> Tensor:
+        part = data.rows(index)
+        return part.observer.as_measurement(part.obs)[1].expand(len(part), *data.shape)
+
+    return Rows((len(data), *data.shape), levels)

@@ -16,6 +16,7 @@ processes (Wilson et al. 2021), Sec. 3; for low rank plus diagonal, EM algorithm
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,7 +27,7 @@ from emdiff.denoise import GaussianDenoiser
 from emdiff.linalg import Solve, cg
 
 if TYPE_CHECKING:
-    from emdiff.observations import Observations
+    from emdiff.data import Data, Observations
     from observers import Observer
 
 DENSE = 128
@@ -118,7 +119,7 @@ def _dense_posteriors(prior: GaussianDenoiser, data: Observations) -> tuple[Tens
     return xhat, count * prior.covariance() - torch.einsum("bdo,boe->de", gain, AS)
 
 
-def em_iteration(prior: GaussianDenoiser, data: Observations, rank: int, generator: torch.Generator | None = None) -> GaussianDenoiser:
+def em_iteration(prior: GaussianDenoiser, data: Data, rank: int, generator: torch.Generator | None = None) -> GaussianDenoiser:
     """One EM iteration of a Gaussian prior on observations; exact where d <= DENSE, with one sample per datum above.
 
     Args:
@@ -131,23 +132,36 @@ def em_iteration(prior: GaussianDenoiser, data: Observations, rank: int, generat
         N(mean, S) of iteration k + 1.
     """
     d, dense = prior.mean.numel(), prior.mean.numel() <= DENSE
-    points, spread = [], torch.zeros(d, d, dtype=prior.psi.dtype, device=prior.psi.device)
+    moments = Moments(d)
     for i in range(0, len(data), CHUNK):
         batch = data.rows(slice(i, i + CHUNK))
         if dense:
-            xhat, V = _dense_posteriors(prior, batch)
-            points.append(xhat)
-            spread += V
+            moments.add(*_dense_posteriors(prior, batch))
         else:
-            points.append(condition(prior, batch.observer, batch.obs, generator).x.flatten(1))
-    x = torch.cat(points)
-    mean = x.mean(0)
-    cov = ((x - mean).T @ (x - mean) + spread) / len(x)
+            moments.add(condition(prior, batch.observer, batch.obs, generator).x.flatten(1))
+    mean, cov = moments.mean_and_covariance(prior.mean)
     return from_moments(mean.reshape(prior.mean.shape), cov, rank, sweeps=2)
 
 
+class Moments:
+    """Mean and covariance of vectors (N, d) that come in batches, summed in float64 about 0, near which standardised data lie."""
+
+    def __init__(self, d: int) -> None:
+        self.count, self.sum, self.squares = 0, torch.zeros(d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64)
+
+    def add(self, x: Tensor, spread: Tensor | float = 0.0) -> None:
+        """A batch (B, d), and what to add to the sum of its outer products (d, d)."""
+        x = x.double()
+        self.count, self.sum, self.squares = self.count + len(x), self.sum + x.sum(0).cpu(), self.squares + (x.T @ x + spread).cpu()
+
+    def mean_and_covariance(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(d,) and (d, d), on the device and in the precision of `like`."""
+        mean = self.sum / self.count
+        return mean.to(like), (self.squares / self.count - torch.outer(mean, mean)).to(like)
+
+
 def fit_gaussian(
-    data: Observations,
+    data: Data,
     iterations: int = 20,
     rank: int = 64,
     generator: torch.Generator | None = None,
@@ -168,7 +182,7 @@ def fit_gaussian(
     closed = identity_moments(data)
     if closed is not None:
         return from_moments(*closed, rank)
-    like = data.obs.new_zeros(data.shape)
+    like = data.rows(slice(0, 1)).obs.new_zeros(data.shape)
     prior = GaussianDenoiser(like, like.new_zeros(like.numel(), 1), torch.ones_like(like.flatten()))
     for k in range(iterations):
         prior = em_iteration(prior, data, rank, generator)
@@ -176,14 +190,15 @@ def fit_gaussian(
     return prior
 
 
-def identity_moments(data: Observations) -> tuple[Tensor, Tensor] | None:
+def identity_moments(data: Data) -> tuple[Tensor, Tensor] | None:
     """Mean (*S,) and covariance (d, d) of x in closed form where every entry of every x is observed with the same noise, else None."""
-    direct = data.observer.as_measurement(data.obs)
-    std = data.observer.std()
-    if direct is None or std.numel() != 1 or not bool(direct[1].isfinite().all()):
-        return None
-    z = direct[0].flatten(1)
-    mean = z.mean(0)
+    moments = Moments(math.prod(data.shape))
+    for i in range(0, len(data), CHUNK):
+        part = data.rows(slice(i, i + CHUNK))
+        direct, std = part.observer.as_measurement(part.obs), part.observer.std()
+        if direct is None or std.numel() != 1 or not bool(direct[1].isfinite().all()):
+            return None
+        moments.add(direct[0].flatten(1))
+    mean, cov = moments.mean_and_covariance(part.obs)
     noise = std.flatten()[0] ** 2
-    cov = (z - mean).T @ (z - mean) / len(z)
     return mean.reshape(data.shape), cov - noise * torch.eye(len(cov), dtype=cov.dtype, device=cov.device)

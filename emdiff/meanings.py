@@ -27,6 +27,7 @@ MEANINGS = {
     "chi2_datum_std": Meaning("std over data of χ² per datum", "its expected value, in the next row"),
     "chi2_datum_std_expected": Meaning("its expected value"),
     "observation_agreement": Meaning("re-observed prior samples: distance to observations / floor", "near 1: cannot be told apart", target=1.0),
+    "observation_agreement_error": Meaning("its standard error, over random sets of observations"),
     "sliced_wasserstein": Meaning("sliced Wasserstein distance, re-observed prior samples to observations", "near its floor"),
     "energy": Meaning("energy distance, re-observed prior samples to observations", "near its floor"),
     "sliced_wasserstein_ratio": Meaning("sliced Wasserstein distance / floor", "near 1: cannot be told apart; above 3: wrong", target=1.0),

@@ -15,16 +15,15 @@ time-scale update rule (Heusel et al. 2017); Demystifying MMD GANs (Binkowski et
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from emdiff.observations import Observations
-
-CHUNK = 1024
-"""Data per batch."""
+from emdiff.data import Data, Observations, batches
+from emdiff.rows import Array, row_spans
 
 
 def standardised_residual(data: Observations, x: Tensor) -> Tensor:
@@ -33,7 +32,7 @@ def standardised_residual(data: Observations, x: Tensor) -> Tensor:
     return (data.obs - data.observer.forward(x)) / data.observer.std() * seen
 
 
-def residual_chi2(data: Observations, x: Tensor) -> Tensor:
+def residual_chi2(data: Data, x: Array) -> Tensor:
     """|obs - A x|^2_{cov_obs^-1} / dim of each datum.
 
     Args:
@@ -44,10 +43,9 @@ def residual_chi2(data: Observations, x: Tensor) -> Tensor:
         Shape (N,); expectation 1 and variance 2 / dim at the true x.
     """
     parts = []
-    for i in range(0, len(data), CHUNK):
-        part = data.rows(slice(i, i + CHUNK))
+    for where, part in batches(data):
         seen = part.observer.observed().expand(part.obs.shape)
-        z = standardised_residual(part, x[i : i + CHUNK])
+        z = standardised_residual(part, x[where])
         parts.append(z.square().flatten(1).sum(1) / seen.flatten(1).sum(1).clamp(min=1))
     return torch.cat(parts)
 
@@ -88,20 +86,27 @@ class Agreement(NamedTuple):
     Attributes:
         distance: By name: "sliced_wasserstein", "energy"; in units of obs.
         floor: The same between two halves of the observations.
+        each: Distance over floor of each random half.
     """
 
     distance: dict[str, float]
     floor: dict[str, float]
+    each: dict[str, list[float]]
 
     def ratio(self, name: str) -> float:
         """Distance over floor; near 1 where the two cannot be told apart."""
         return self.distance[name] / max(self.floor[name], 1e-30)
 
+    def error(self, name: str) -> float:
+        """Standard error of the ratio, from its spread over random halves: of the choice of observations and noise, not of the prior samples."""
+        ratios = torch.tensor(self.each[name], dtype=torch.float64)
+        return float(ratios.std() / len(ratios) ** 0.5)
+
 
 def agreement(
-    data: Observations, x: Tensor, generator: torch.Generator, names: tuple[str, ...] = ("sliced_wasserstein", "energy"), repeats: int = 1
+    data: Data, x: Tensor, generator: torch.Generator, names: tuple[str, ...] = ("sliced_wasserstein", "energy"), repeats: int = 1
 ) -> Agreement:
-    """Compare prior samples, observed anew, to observations.
+    """Compare prior samples, observed anew, to observations; of these, only so many random ones as there are prior samples are read, twice.
 
     Each prior sample is observed by the operator of one datum, and compared with other data.
 
@@ -113,16 +118,18 @@ def agreement(
         repeats: Random halves to average over.
     """
     n = min(len(x), len(data) // 2)
-    distance, floor = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    distance, floor, each = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0), {name: [] for name in names}
     for _ in range(repeats):
         order = torch.randperm(len(data), generator=generator)
         first, second = data.rows(order[:n]), data.rows(order[n : 2 * n])
         again = first.observer.simulate(x[:n], generator)
         seed = int(torch.randint(2**31, (1,), generator=generator))
         for name in names:
-            distance[name] += DISTANCES[name](again, second.obs, torch.Generator().manual_seed(seed)) / repeats
-            floor[name] += DISTANCES[name](first.obs, second.obs, torch.Generator().manual_seed(seed)) / repeats
-    return Agreement(distance, floor)
+            apart = DISTANCES[name](again, second.obs, torch.Generator().manual_seed(seed))
+            half = DISTANCES[name](first.obs, second.obs, torch.Generator().manual_seed(seed))
+            distance[name], floor[name] = distance[name] + apart / repeats, floor[name] + half / repeats
+            each[name].append(apart / max(half, 1e-30))
+    return Agreement(distance, floor, each)
 
 
 DISTANCES: dict[str, Callable[[Tensor, Tensor, torch.Generator], float]] = {
@@ -138,20 +145,35 @@ def chi2_spread(data: Observations) -> tuple[float, float]:
     return float(variance.mean().sqrt()), float((variance.sum() / len(data) ** 2).sqrt())
 
 
-def sample_figures(data: Observations, x: Tensor) -> dict[str, float]:
+def moments(x: Array) -> tuple[float, float]:
+    """Mean and standard deviation of all entries of an array, summed in parts, in float64, about the mean of the first."""
+    shift, count, total, squares = None, 0, 0.0, 0.0
+    for part in row_spans(x):
+        values = x[part].double()
+        shift = float(values.mean()) if shift is None else shift
+        values = values - shift
+        count, total, squares = count + values.numel(), total + float(values.sum()), squares + float(values.square().sum())
+    return shift + total / count, math.sqrt(max(squares - total**2 / count, 0.0) / max(count - 1, 1))
+
+
+def sample_figures(data: Data, x: Array) -> dict[str, float]:
     """Figures of posterior samples x (N, *S), one per observation, in the user's units."""
-    return {"chi2": float(residual_chi2(data, x).mean()), "sample_mean": float(x.mean()), "sample_std": float(x.std())}
+    mean, std = moments(x)
+    return {"chi2": float(residual_chi2(data, x).mean()), "sample_mean": mean, "sample_std": std}
 
 
-def prior_figures(data: Observations, x: Tensor, generator: torch.Generator) -> dict[str, float]:
-    """Figures of prior samples x (n, *S), in the user's units."""
-    found = agreement(data, x, generator, ("sliced_wasserstein",))
-    return {"prior_mean": float(x.mean()), "prior_std": float(x.std()), "observation_agreement": found.ratio("sliced_wasserstein")}
+def prior_figures(data: Data, x: Tensor, generator: torch.Generator) -> dict[str, float]:
+    """Figures of prior samples x (n, *S), in the user's units; the agreement is over 4 random sets of 2n observations."""
+    found, name = agreement(data, x, generator, ("sliced_wasserstein",), repeats=4), "sliced_wasserstein"
+    figures = {"prior_mean": float(x.mean()), "prior_std": float(x.std())}
+    return figures | {"observation_agreement": found.ratio(name), "observation_agreement_error": found.error(name)}
 
 
-def truth_figures(x: Tensor, truth: Tensor) -> dict[str, float]:
+def truth_figures(x: Array, truth: Array) -> dict[str, float]:
     """Error of one sample per entry, and sample std over true std; x and truth (N, *S)."""
-    return {"error": float((x - truth).square().mean()), "std_ratio": float(x.std() / truth.std())}
+    squares = sum(float((x[part] - truth[part]).double().square().sum()) for part in row_spans(x))
+    std, true = moments(x)[1], moments(truth)[1]
+    return {"error": squares / math.prod(x.shape), "std_ratio": std / true if true else math.inf}
 
 
 class Likeness(NamedTuple):

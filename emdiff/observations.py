@@ -1,6 +1,6 @@
 r"""Observations on disk and in memory: obs_i = A_i x_i + n_i, n_i ~ N(0, cov_obs_i), for i = 1..N, and never x_i.
 
-A file (.npz, or .h5 with the same keys) holds
+A file (.npz, .h5 with the same keys, or a folder of .npy files named by them) holds
 
 | key | what | shape |
 |---|---|---|
@@ -9,61 +9,72 @@ A file (.npz, or .h5 with the same keys) holds
 | `mask`, `matrix`, ... | the arrays of that observer | (N or 1, ...) |
 | `noise_std` | standard deviation of the noise, in units of obs | (), (N,) or (N or 1, *O) |
 | `shape` | shape S of x | a few integers |
-| `x` | the truth, if known; only `read_truth` opens it | (N, *S) |
+| `x` | the truth, if known; only `open_truth` opens it | (N, *S) |
 
-Every complaint about a file is a `UsageError` of one line.
+It may be larger than memory: `open_observations` checks all of it once, in parts, and afterwards reads the rows that are asked for, with their
+operators. Every complaint about a file is a `UsageError` of one line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from emdiff.archive import ARCHIVES, SIGNATURES, array_names, check_suffix, load_array, open_archive, save_archive
+from emdiff.archive import ARCHIVES, SIGNATURES, array_names, check_suffix, load_array, open_archive
+from emdiff.data import Data, Observations, Operators, View, batches
 from emdiff.errors import UsageError
-from emdiff.files import write_atomically
-from observers import REGISTRY, Observer, build
+from emdiff.rows import Rows, Tally, in_memory, row_spans
+from emdiff.stored import open_rows
+from emdiff.written import NewArchive
+from observers import REGISTRY, Observer
 
 OBS = ("obs", "y", "observations", "arr_0")
 DATA = ("train_images", "x", "images", "data", "arr_0")
 
 
-@dataclass(frozen=True, eq=False)
-class Observations:
-    """All that learning may see: observations and the observer that made them.
+def open_observations(
+    path: str | Path,
+    observer: str | None = None,
+    noise_std: float | None = None,
+    shape: tuple[int, ...] | None = None,
+    uint8_range: bool = False,
+) -> View:
+    """Open a file of observations; the arguments override what it says.
 
-    Attributes:
-        obs: Observations (N, *O), float32, finite, 0 where nothing was observed.
-        observer: A and cov_obs of the N data.
+    Args:
+        path: .npz, .h5 or .hdf5, or a folder of .npy files. The observations may also be called `y`, `observations` or `arr_0`, or be the only array.
+        observer: Name of the observer.
+        noise_std: Standard deviation of the noise, in units of obs (after division by 255, if there is one).
+        shape: S, the shape of x; where neither says it, the observer infers it.
+        uint8_range: Accept uint8 observations and divide them by 255.
 
-    >>> from observers import Identity
-    >>> Observations(torch.zeros(5, 3), Identity((3,), torch.tensor(0.5))).rows(slice(0, 2)).obs.shape
-    torch.Size([2, 3])
+    Returns:
+        The observations. NaN entries of obs are not observed, and neither is what a mask hides; obs is 0 there.
+
+    Raises:
+        UsageError: The file cannot be read, contradicts itself, or lacks what no argument supplies.
     """
-
-    obs: Tensor
-    observer: Observer
-
-    def __len__(self) -> int:
-        return self.obs.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """S, the shape of x."""
-        return self.observer.shape
-
-    def rows(self, index: Tensor | slice) -> Observations:
-        """The data at indices (B,), int64, or in a slice."""
-        return Observations(self.obs[index], self.observer.rows(index))
-
-    def to(self, device: torch.device | str) -> Observations:
-        """A copy on a device."""
-        return Observations(self.obs.to(device), self.observer.to(device))
+    path = Path(path)
+    with open_archive(path, ARCHIVES) as file:
+        names = array_names(file)
+        fields = {name: load_array(path, file, name) for name in names if name in ("observer", "shape")}
+        stored = {name: open_rows(path, file, name) for name in names if name in {"noise_std", *_array_names()}}
+        obs = _float(path, "obs", open_rows(path, file, _find(path, names, OBS)), uint8_range)
+        _check_size(path, obs.shape)
+        name = observer if observer is not None else _observer_name(path, fields)
+        arrays = {"noise_std": _noise(path, stored, noise_std)} | {key: rows for key, rows in stored.items() if key in _array_names()}
+        try:
+            made = Operators(name, shape or _shape(path, fields), arrays, tuple(obs.shape))
+            gaps = _scan(path, obs, made)
+        except ValueError as error:
+            raise UsageError(f"{path}: {error}; correct the file, or override it with --observer, --shape or --noise-std") from error
+    return View(len(obs), made.shape, lambda index: _blank(obs[index], made(index), gaps))
 
 
 def read_observations(
@@ -73,50 +84,28 @@ def read_observations(
     shape: tuple[int, ...] | None = None,
     uint8_range: bool = False,
 ) -> Observations:
-    """Read a file of observations; the arguments override what it says.
-
-    Args:
-        path: .npz, .h5 or .hdf5. The observations may also be called `y`, `observations` or `arr_0`, or be the only array.
-        observer: Name of the observer.
-        noise_std: Standard deviation of the noise, in units of obs (after division by 255, if there is one).
-        shape: S, the shape of x; where neither says it, the observer infers it.
-        uint8_range: Accept uint8 observations and divide them by 255.
-
-    Returns:
-        Observations. NaN entries of obs are not observed, and neither is what a mask hides; obs is 0 there.
-
-    Raises:
-        UsageError: The file cannot be read, contradicts itself, or lacks what no argument supplies.
-    """
-    path = Path(path)
-    fields = _load(path)
-    obs = _float(path, "obs", fields["obs"], uint8_range)
-    _check_size(path, obs)
-    name = observer if observer is not None else _observer_name(path, fields)
-    arrays = {key: _operator_array(path, key, fields[key]) for key in fields if key in _array_names()}
-    try:
-        known = REGISTRY[name].infer_shape(tuple(obs.shape[1:]), arrays) if name in REGISTRY else ()
-        built = build(name, shape or _shape(path, fields) or known, arrays, _noise(path, fields, noise_std))
-        _check_fit(obs, built)
-        built = _without_nan(obs, built)
-    except ValueError as error:
-        raise UsageError(f"{path}: {error}; correct the file, or override it with --observer, --shape or --noise-std") from error
-    return _blank(path, obs, built)
+    """All of a file of observations in memory; else as `open_observations`."""
+    return open_observations(path, observer, noise_std, shape, uint8_range).rows(slice(None))
 
 
-def read_truth(path: str | Path) -> Tensor | None:
+def open_truth(path: str | Path) -> Rows | None:
     """The truth x (N, *S), float32, of a file of observations, or None where it has none; uint8 is divided by 255."""
     path = Path(path)
     with open_archive(path, ARCHIVES) as file:
-        array = load_array(path, file, "x") if "x" in array_names(file) else None
-    return None if array is None else _float(path, "x", array, uint8_range=True)
+        return _float(path, "x", open_rows(path, file, "x"), uint8_range=True) if "x" in array_names(file) else None
 
 
-def read_data(path: str | Path, count: int | None = None) -> Tensor:
+def read_truth(path: str | Path) -> Tensor | None:
+    """All of the truth in memory; else as `open_truth`."""
+    truth = open_truth(path)
+    return None if truth is None else truth[slice(None)]
+
+
+def open_data(path: str | Path, count: int | None = None) -> Rows:
     """Clean data to be observed.
 
     Args:
-        path: .npz, .npy, .h5 or .hdf5 with `train_images`, `x`, `images`, `data`, `arr_0` or a single array; uint8 is divided by 255.
+        path: .npz, .npy, .h5, .hdf5 or a folder with `train_images`, `x`, `images`, `data`, `arr_0` or a single array; uint8 is divided by 255.
         count: Take the first so many data; all of them by default.
 
     Returns:
@@ -128,18 +117,26 @@ def read_data(path: str | Path, count: int | None = None) -> Tensor:
     path = Path(path)
     with open_archive(path, tuple(SIGNATURES)) as file:
         name = _find(path, array_names(file), DATA)
-        array = load_array(path, file, name)
-    if array.ndim < 2 or array.size == 0:
-        raise UsageError(f"{path}: {name} has shape {array.shape}, expected (N, ...) with at least one datum; store one datum per row")
-    if count is not None and not 1 <= count <= len(array):
-        raise UsageError(f"{path}: {count} data were asked for and {name} holds {len(array)}; ask for 1 to {len(array)}")
-    x = _float(path, name, array[:count], uint8_range=True)
-    if not x.isfinite().all():
-        raise UsageError(f"{path}: {name} is not finite in {_where(~x.isfinite())}; remove those data")
+        rows = open_rows(path, file, name)
+        if len(rows.shape) < 2 or 0 in rows.shape:
+            raise UsageError(f"{path}: {name} has shape {rows.shape}, expected (N, ...) with at least one datum; store one datum per row")
+        if count is not None and not 1 <= count <= len(rows):
+            raise UsageError(f"{path}: {count} data were asked for and {name} holds {len(rows)}; ask for 1 to {len(rows)}")
+        x = _float(path, name, rows, uint8_range=True).first(len(rows) if count is None else count)
+        bad = Tally(x.shape)
+        for part in row_spans(x):
+            bad.add(~x[part].isfinite(), part.start)
+    if bad.count:
+        raise UsageError(f"{path}: {name} is not finite in {bad}; remove those data")
     return x
 
 
-def write_observations(path: str | Path, observations: Observations, x: Tensor | None = None) -> None:
+def read_data(path: str | Path, count: int | None = None) -> Tensor:
+    """Clean data in memory; else as `open_data`."""
+    return open_data(path, count)[slice(None)]
+
+
+def write_observations(path: str | Path, observations: Data, x: Tensor | Rows | None = None) -> None:
     """Write a file of observations, whole or not at all; a file of that name is replaced.
 
     Args:
@@ -150,13 +147,29 @@ def write_observations(path: str | Path, observations: Observations, x: Tensor |
     Raises:
         UsageError: The suffix is unsupported, or the disk refuses.
     """
-    path = Path(path)
-    check_suffix(path, ARCHIVES)
-    observer = observations.observer
-    tensors = {"obs": observations.obs, **observer.arrays(), "noise_std": observer.noise_std, **({} if x is None else {"x": x})}
-    fields = {name: _stored(tensor) for name, tensor in tensors.items()}
-    fields |= {"shape": np.array(observer.shape), "observer": observer.name}
-    write_atomically(path, lambda temporary: save_archive(temporary, path.suffix, fields))
+    check_suffix(Path(path), ARCHIVES)
+    write_parts(Path(path), len(observations), ((part, None if x is None else x[where]) for where, part in batches(observations)))
+
+
+def write_parts(path: Path, count: int, parts: Iterable[tuple[Observations, Tensor | None]]) -> None:
+    """Write `count` observations that come in parts, of more than one datum but for the last, each with its truth or None; else as
+    `write_observations`, and a path without suffix is a folder."""
+    with NewArchive(path) as new:
+        done, arrays = 0, dict[str, Any]()
+        for data, x in parts:
+            tensors = {"obs": data.obs, **data.observer.arrays(), "noise_std": data.observer.noise_std, **({} if x is None else {"x": x})}
+            for name, tensor in tensors.items():
+                if not done:
+                    shared = tensor.ndim == 0 or tensor.shape[0] != len(data)
+                    arrays[name] = None if shared else new.array(name, (count, *tensor.shape[1:]), _stored(tensor).dtype)
+                    if shared:
+                        new.put(name, _stored(tensor))
+                if arrays[name] is not None:
+                    arrays[name][done : done + len(data)] = tensor
+            if not done:
+                new.put("shape", np.array(data.shape))
+                new.put("observer", data.observer.name)
+            done += len(data)
 
 
 def _stored(tensor: Tensor) -> np.ndarray:
@@ -177,35 +190,14 @@ def _find(path: Path, names: list[str], accepted: tuple[str, ...]) -> str:
     return found[0]
 
 
-def _load(path: Path) -> dict[str, np.ndarray]:
-    """All that a file of observations says, x excepted, which is not even opened."""
-    with open_archive(path, ARCHIVES) as file:
-        names = array_names(file)
-        wanted = {name: name for name in names if name in {"observer", "noise_std", "shape", *_array_names()}}
-        wanted["obs"] = _find(path, names, OBS)
-        return {key: load_array(path, file, name) for key, name in wanted.items()}
-
-
-def _float(path: Path, name: str, array: np.ndarray, uint8_range: bool) -> Tensor:
+def _float(path: Path, name: str, rows: Rows, uint8_range: bool) -> Rows:
     """float32, from float of any kind, or from uint8 where that is allowed."""
-    if array.dtype == np.uint8 and uint8_range:
-        return _numbers(path, name, array) / 255
-    if array.dtype.kind in "iub":
+    if rows.dtype == np.uint8 and uint8_range:
+        return rows.map(lambda values: values.float() / 255)
+    if rows.dtype.kind in "iub":
         hint = "uint8 is divided by 255 with --uint8-range" if name == "obs" else "uint8 would be divided by 255"
-        raise UsageError(f"{path}: {name} holds {array.dtype}, whose scale is not known; {hint}, anything else must be stored as float32")
-    return _numbers(path, name, array)
-
-
-def _numbers(path: Path, name: str, array: np.ndarray) -> Tensor:
-    if array.dtype.kind not in "fiub":
-        raise UsageError(f"{path}: {name} holds {array.dtype}, expected real numbers; store it as float32")
-    with np.errstate(over="ignore"):
-        return torch.from_numpy(np.require(array, np.float32, ["C", "W"]))
-
-
-def _operator_array(path: Path, name: str, array: np.ndarray) -> Tensor:
-    """An array of an observer; bytes stay bytes, so that a mask takes no more memory than on disk."""
-    return torch.from_numpy(array) if array.dtype in (np.uint8, np.bool_) else _numbers(path, name, array)
+        raise UsageError(f"{path}: {name} holds {rows.dtype}, whose scale is not known; {hint}, anything else must be stored as float32")
+    return rows
 
 
 def _observer_name(path: Path, fields: Mapping[str, np.ndarray]) -> str:
@@ -215,14 +207,17 @@ def _observer_name(path: Path, fields: Mapping[str, np.ndarray]) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
-def _noise(path: Path, fields: Mapping[str, np.ndarray], override: float | None) -> Tensor:
+def _noise(path: Path, stored: Mapping[str, Rows], override: float | None) -> Rows:
     remedy = "set it with --noise-std, a positive standard deviation in units of obs"
-    if override is None and "noise_std" not in fields:
+    if override is None and "noise_std" not in stored:
         raise UsageError(f"{path}: has no noise_std; {remedy}")
-    noise_std = _numbers(path, "noise_std", fields["noise_std"] if override is None else np.array(float(override)))
-    bad = ~((noise_std > 0) & noise_std.isfinite())
-    if bad.any():
-        raise UsageError(f"{path}: noise_std is {noise_std[bad].flatten()[0].item():g} in {_where(bad)}; {remedy}")
+    noise_std = (stored["noise_std"] if override is None else in_memory(np.array(float(override)))).map(Tensor.float)
+    bad = Tally(noise_std.shape)
+    for part in row_spans(noise_std):
+        values = noise_std[part]
+        bad.add(~((values > 0) & values.isfinite()), part.start, values)
+    if bad.count:
+        raise UsageError(f"{path}: noise_std is {bad.value:g} in {bad}; {remedy}")
     return noise_std
 
 
@@ -234,45 +229,38 @@ def _shape(path: Path, fields: Mapping[str, np.ndarray]) -> tuple[int, ...]:
     return tuple(value.tolist())
 
 
-def _check_size(path: Path, obs: Tensor) -> None:
-    got = tuple(obs.shape)
-    if obs.numel() == 0:
+def _check_size(path: Path, got: tuple[int, ...]) -> None:
+    if 0 in got:
         raise UsageError(f"{path}: obs is empty, shape {got}; give at least 2 observations")
-    if obs.ndim < 2:
+    if len(got) < 2:
         raise UsageError(f"{path}: obs has shape {got}, expected (N, ...); reshape scalars to (N, 1)")
-    if len(obs) < 2:
+    if got[0] < 2:
         raise UsageError(f"{path}: obs holds one observation, shape {got}; a distribution needs at least 2, better thousands")
 
 
-def _check_fit(obs: Tensor, observer: Observer) -> None:
-    """Refuse obs that the observer cannot have made."""
-    got, wanted = tuple(obs.shape), ", ".join(map(str, observer.obs_shape))
-    if got[1:] != observer.obs_shape:
-        raise ValueError(f"obs has shape {got}, expected (N, {wanted}) from observer '{observer.name}' of x {observer.shape}")
-    for name, array in {**observer.arrays(), "noise_std": observer.noise_std}.items():
-        if array.ndim and array.shape[0] not in (1, len(obs)):
-            raise ValueError(f"{name} has shape {tuple(array.shape)}, expected a leading axis of 1 or {len(obs)} as in obs {got}")
+def _blank(obs: Tensor, observer: Observer, gaps: bool) -> Observations:
+    """Observations that are 0 where nothing was observed; with gaps, NaN says where."""
+    if gaps:
+        observer = observer.without(obs.isnan() & observer.observed())
+    return Observations(torch.where(observer.observed(), obs, 0.0), observer)
 
 
-def _without_nan(obs: Tensor, observer: Observer) -> Observer:
-    missing = obs.isnan() & observer.observed()
-    return observer.without(missing) if missing.any() else observer
-
-
-def _blank(path: Path, obs: Tensor, observer: Observer) -> Observations:
-    """Set obs to 0 where nothing is observed, and refuse what is left if no prior can be learned from it."""
-    seen = observer.observed().expand(obs.shape)
-    values = obs[seen]
-    if not values.numel():
+def _scan(path: Path, obs: Rows, made: Operators) -> bool:
+    """Look through a file once: refuse what no prior can be learned from; returns whether NaN hides what the observers see."""
+    gaps, low, high, infinite = False, math.inf, -math.inf, Tally(obs.shape)
+    for part in row_spans(obs):
+        values, observer = obs[part], made(part)
+        missing = values.isnan() & observer.observed()
+        if missing.any():
+            gaps, observer = True, observer.without(missing)
+        seen = observer.observed().expand(values.shape)
+        infinite.add(values.isinf() & seen, part.start)
+        if seen.any():
+            low, high = min(low, float(values[seen].min())), max(high, float(values[seen].max()))
+    if low > high:
         raise UsageError(f"{path}: nothing is observed, obs {tuple(obs.shape)} is NaN or hidden throughout; check what wrote the file")
-    if values.isinf().any():
-        raise UsageError(f"{path}: obs is infinite in {_where(obs.isinf() & seen)}; write NaN where nothing was observed")
-    if (values == values[0]).all():
-        raise UsageError(f"{path}: obs is {values[0].item():g} in all observed places; check what wrote the file")
-    return Observations(torch.where(seen, obs, 0.0), observer)
-
-
-def _where(marked: Tensor) -> str:
-    """How many entries are marked, and where the first one is."""
-    first = tuple(marked.nonzero()[0].tolist())
-    return f"{int(marked.sum())} of {marked.numel()} places" + (f", the first at {first}" if first else "")
+    if infinite.count:
+        raise UsageError(f"{path}: obs is infinite in {infinite}; write NaN where nothing was observed")
+    if low == high:
+        raise UsageError(f"{path}: obs is {low:g} in all observed places; check what wrote the file")
+    return gaps

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
+from emdiff.data import Data, batches, observer_name
 from emdiff.em import Walk, choose_guidance
 from emdiff.errors import UsageError
 from emdiff.fit import Plan, level_maps
 from emdiff.gaussian import DENSE
-from emdiff.observations import Observations
 from emdiff.pool import applies, noise
 from emdiff.posterior import default_batch, default_pool, default_tau_first
 from emdiff.prior import TAU_FIRST, choose_network
+from emdiff.rows import evenly
 from emdiff.runs import FREE, fingerprint
 from emdiff.scale import Scale
 from emdiff.start import choose_start
@@ -39,7 +40,7 @@ def resolve_device(wanted: str) -> str:
     return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def make_plan(config: Config, data: Observations, scale: Scale, device: str) -> tuple[Plan, dict[str, str]]:
+def make_plan(config: Config, data: Data, scale: Scale, device: str) -> tuple[Plan, dict[str, str]]:
     """Fill in what the user left open; returns the plan and the reasons for what was chosen.
 
     Raises:
@@ -76,10 +77,23 @@ def make_plan(config: Config, data: Observations, scale: Scale, device: str) -> 
     return plan, {"start": start.reason, "guidance": reason}
 
 
-def relative_noise(data: Observations, scale: Scale, guidance: str) -> float:
-    """The observations' noise in units of the data's std; where an observer of vectors mixes entries, over the norm of its rows."""
-    std = noise(data) if guidance != "fused" and applies(data) else data.observer.noise_std
+def relative_noise(data: Data, scale: Scale, guidance: str) -> float:
+    """Median noise, over at most 1024 evenly spaced data, in units of the data's std; where an observer of vectors mixes entries, over the norm of
+    its rows."""
+    some = data.rows(evenly(len(data), 1024))
+    std = noise(some) if guidance != "fused" and applies(data) else some.observer.noise_std
     return float(std.median()) / scale.std
+
+
+def noise_range(data: Data) -> tuple[float, float]:
+    """Least and largest standard deviation of the noise."""
+    low, high = math.inf, 0.0
+    for _, part in batches(data):
+        std = part.observer.noise_std
+        low, high = min(low, float(std.min())), max(high, float(std.max()))
+        if std.ndim == 0 or std.shape[0] < len(part):
+            break
+    return low, high
 
 
 def default_tau_last(noise: float) -> float:
@@ -139,13 +153,13 @@ def default_name(path: Path, resolved: Config) -> str:
     return f"{path.stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def print_plan(data: Observations, scale: Scale, plan: Plan, reasons: dict[str, str], out: Path, finished: int) -> None:
+def print_plan(data: Data, scale: Scale, plan: Plan, reasons: dict[str, str], out: Path, finished: int) -> None:
     """Say what will be done, and why."""
-    std = data.observer.noise_std.float()
-    noise = f"{float(std.min()):g}" if std.numel() == 1 else f"{float(std.min()):g} to {float(std.max()):g}"
+    low, high = noise_range(data)
+    noise = f"{low:g}" if low == high else f"{low:g} to {high:g}"
     walk = plan.walk
     first = "no measurement" if math.isinf(walk.tau_first) else f"{walk.tau_first * scale.std:.3g}"
-    print(f"observations  {len(data)} of shape {data.shape} through {data.observer.name}, noise_std {noise}")
+    print(f"observations  {len(data)} of shape {data.shape} through {observer_name(data)}, noise_std {noise}")
     print(f"data          mean {scale.mean:.4g}, std {scale.std:.4g}, estimated from the observations")
     print(f"start         {plan.start.kind}: {reasons['start']}")
     print(f"guidance      {walk.guidance}: {reasons['guidance']}")

@@ -22,9 +22,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from emdiff.data import Data, Observations
 from emdiff.gaussian import DENSE
-from emdiff.observations import Observations
 from emdiff.prior import Prior, sample_prior
+from emdiff.rows import Array, Store
 
 LEAST = 2.0
 """Least effective number of pool members that explain an observation."""
@@ -51,7 +52,7 @@ class Chosen(NamedTuple):
     widening: Tensor
 
 
-def applies(data: Observations) -> bool:
+def applies(data: Data) -> bool:
     """Whether a pool can serve these data: vectors of few entries, whose operators are formed in full."""
     return math.prod(data.shape) <= DENSE
 
@@ -105,7 +106,9 @@ def distances(pool: Tensor, data: Observations) -> Tensor:
 
 
 @torch.no_grad()
-def restart(prior: Prior, data: Observations, chains: Tensor | None, count: int, tau_first: float, generator: torch.Generator) -> Tensor:
+def restart(
+    prior: Prior, data: Data, chains: Array | None, count: int, tau_first: float, generator: torch.Generator, store: Store | None = None
+) -> Array:
     """States from which chains re-enter their walk at tau_first.
 
     Args:
@@ -115,16 +118,21 @@ def restart(prior: Prior, data: Observations, chains: Tensor | None, count: int,
         count: Size J of the pool.
         tau_first: Level at which the chains re-enter, in units of the data's std.
         generator: Source of randomness.
+        store: Makes the array "restart" of the states; None takes a tensor.
 
     Returns:
         States (N, *S), on the CPU.
     """
     pool = prior.scale.standardise(sample_prior(prior, count, generator, LEVELS, batch=2048)).to(generator.device)
-    chosen = choose(pool, data, generator)
-    x, added = chosen.x.cpu(), (chosen.widening.cpu() - 1).sqrt() * noise(data)
-    if chains is None:
-        return x
-    return torch.where((added < tau_first).reshape(-1, *[1] * (x.ndim - 1)), x, chains)
+    states = (store or (lambda name, shape: torch.empty(shape, dtype=pool.dtype)))("restart", (len(data), *data.shape))
+    rows = max(1, PAIRS // len(pool))
+    for i in range(0, len(data), rows):
+        span = slice(i, min(i + rows, len(data)))
+        part = data.rows(span)
+        chosen = choose(pool, part, generator)
+        x, added = chosen.x.cpu(), (chosen.widening.cpu() - 1).sqrt() * noise(part)
+        states[span] = x if chains is None else torch.where((added < tau_first).reshape(-1, *[1] * (x.ndim - 1)), x, chains[span])
+    return states
 
 
 def noise(data: Observations) -> Tensor:

@@ -11,9 +11,9 @@ import torch
 import yaml
 from torch import Tensor
 
+from emdiff.data import Data, Observations
 from emdiff.em import Walk, choose_guidance, e_step
 from emdiff.errors import UsageError
-from emdiff.observations import Observations
 from emdiff.pool import applies, restart
 from emdiff.prior import TAU_FIRST, Prior
 
@@ -40,7 +40,7 @@ class Posterior(NamedTuple):
     iterations: float
 
 
-def run_walk(run: Path, data: Observations, device: str) -> Walk:
+def run_walk(run: Path, data: Data, device: str) -> Walk:
     """The walk a run was made with, and its guidance; auto's choice where these observations do not allow that."""
     config = yaml.safe_load((run / "config.yaml").read_text())
     try:
@@ -53,7 +53,7 @@ def run_walk(run: Path, data: Observations, device: str) -> Walk:
     return Walk(**walk)
 
 
-def default_pool(data: Observations, guidance: str) -> int:
+def default_pool(data: Data, guidance: str) -> int:
     """Prior samples from which chains restart: where moment matching guides vectors; none elsewhere."""
     return 8192 if guidance != "fused" and applies(data) else 0
 
@@ -69,7 +69,7 @@ def default_batch(device: str) -> int:
     return 4096 if device == "cuda" else 128
 
 
-def check_shape(prior: Prior, data: Observations, run: Path) -> None:
+def check_shape(prior: Prior, data: Data, run: Path) -> None:
     """Refuse observations of data of another shape.
 
     Raises:

@@ -8,7 +8,8 @@ r"""The run folder is the state of a fit: running the same command again continu
     figures/              pictures per round
     best.json             the iteration whose prior later commands take, where it is not the last
 
-metrics.json is written last: a round that has none did not finish and is done again.
+Arrays are written and read by rows (rows). While a round is made, its folder also holds scratch/: what the E-step ends with, in
+standardised units. metrics.json is written last: a round that has none did not finish and is done again.
 """
 
 from __future__ import annotations
@@ -27,18 +28,23 @@ import yaml
 
 import emdiff
 from emdiff.errors import UsageError
-from emdiff.files import append_line, write_array, write_atomically, write_json
+from emdiff.files import append_line, write_atomically, write_json
+from emdiff.rows import Rows, of_npy
+from emdiff.written import NewArray
 
 FREE = ("iters", "stop", "device", "compile", "wandb", "out", "observations")
 """Settings that may change when a run is continued; the observations are compared by their fingerprint."""
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """SHA-256 of a file, in hex; of a folder, of its .npy files and their names."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for part in sorted(path.glob("*.npy")) if path.is_dir() else [path]:
+        if part != path:
+            digest.update(f"{part.name} {part.stat().st_size} ".encode())
+        with part.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 
@@ -98,10 +104,10 @@ class Run:
             k += 1
         return k
 
-    def array(self, k: int, name: str) -> torch.Tensor | None:
+    def array(self, k: int, name: str) -> Rows | None:
         """An array of round k, or None where it has none."""
         file = self.round_path(k) / f"{name}.npy"
-        return torch.from_numpy(np.load(file)) if file.is_file() else None
+        return of_npy(file) if file.is_file() else None
 
     def metrics(self, k: int) -> dict[str, Any]:
         """The figures of round k."""
@@ -124,12 +130,17 @@ class Run:
         self.round_path(k).mkdir(parents=True)
         return self.round_path(k)
 
-    def save_array(self, k: int, name: str, values: torch.Tensor) -> None:
-        """Write an array of round k."""
-        write_array(self.round_path(k) / f"{name}.npy", values.numpy())
+    def new_array(self, k: int, name: str, shape: tuple[int, ...]) -> NewArray:
+        """An array (N, ...) of round k, to be filled; `commit` gives it its name."""
+        return NewArray(self.round_path(k) / f"{name}.npy", shape)
+
+    def scratch(self, k: int, name: str, shape: tuple[int, ...]) -> NewArray:
+        """An array (N, ...) that is needed until round k is complete."""
+        return NewArray(self.round_path(k) / "scratch" / f"{name}.npy", shape)
 
     def finish(self, k: int, metrics: dict[str, Any]) -> None:
-        """Declare round k complete, and drop the chains of the round before it."""
+        """Declare round k complete, and drop its scratch and the chains of the round before it."""
+        shutil.rmtree(self.round_path(k) / "scratch", ignore_errors=True)
         write_json(self.round_path(k) / "metrics.json", metrics)
         append_line(self.path / "metrics.jsonl", metrics)
         if k:

@@ -16,11 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from emdiff.data import Data, Observations, View, batches
 from emdiff.errors import UsageError
-from emdiff.observations import Observations
-
-CHUNK = 1024
-"""Data per batch."""
 
 
 class Scale(NamedTuple):
@@ -45,16 +42,16 @@ class Scale(NamedTuple):
     def observations(self, data: Observations) -> Observations:
         """The observations that standardised data would have given: (obs - A mean) / std, with noise_std / std."""
         ones = data.obs.new_full((1, *data.shape), self.mean)
-        shift = torch.cat([part.observer.forward(ones.expand(len(part), *data.shape)) for part in _chunks(data)])
+        shift = torch.cat([part.observer.forward(ones.expand(len(part), *data.shape)) for _, part in batches(data)])
         observer = data.observer.with_noise(data.observer.noise_std / self.std)
         return Observations((data.obs - shift) / self.std, observer)
 
+    def view(self, data: Data) -> View:
+        """The same, made when asked for."""
+        return View(len(data), data.shape, lambda index: self.observations(data.rows(index)))
 
-def _chunks(data: Observations) -> list[Observations]:
-    return [data.rows(slice(i, i + CHUNK)) for i in range(0, len(data), CHUNK)]
 
-
-def estimate_scale(data: Observations, generator: torch.Generator) -> Scale:
+def estimate_scale(data: Data, generator: torch.Generator) -> Scale:
     """Estimate mean and std of x from its observations.
 
     Args:
@@ -68,14 +65,14 @@ def estimate_scale(data: Observations, generator: torch.Generator) -> Scale:
         UsageError: if the observations vary no more than their noise alone would.
     """
     top = bottom = 0.0
-    for part in _chunks(data):
+    for _, part in batches(data):
         one = part.observer.forward(part.obs.new_ones(len(part), *data.shape))
         w = _weights(part)
         top += float((w * (one * part.obs).flatten(1).sum(1)).sum())
         bottom += float((w * one.square().flatten(1).sum(1)).sum())
     mean = top / max(bottom, 1e-30)
     power = noise = trace = 0.0
-    for part in _chunks(data):
+    for _, part in batches(data):
         ones = part.obs.new_full((len(part), *data.shape), mean)
         signs = torch.randint(0, 2, ones.shape, generator=generator).to(ones) * 2 - 1
         variance = (part.observer.std().square() * part.observer.observed()).expand(part.obs.shape)

@@ -23,9 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from emdiff.data import Data, Observations
 from emdiff.denoise import Denoiser
 from emdiff.linalg import lanczos_sqrt
-from emdiff.observations import Observations
 
 LANCZOS = 8
 """Products for V^(1/2)."""
@@ -59,7 +59,7 @@ class Recorrupted(NamedTuple):
     weight: Tensor
 
 
-def choose_start(data: Observations, wanted: str = "auto") -> Choice:
+def choose_start(data: Data, wanted: str = "auto") -> Choice:
     """Decide between the starts.
 
     Args:
@@ -80,11 +80,12 @@ def choose_start(data: Observations, wanted: str = "auto") -> Choice:
     return Choice("self-supervised" if possible else "gaussian", reason)
 
 
-def _self_supervision(data: Observations) -> tuple[bool, str]:
+def _self_supervision(data: Data) -> tuple[bool, str]:
     """Whether E[x | z] can be learned from other parts of the observations, and why."""
-    direct = data.rows(slice(0, 64)).observer.as_measurement(data.obs[:64])
+    some = data.rows(slice(0, 64))
+    direct = some.observer.as_measurement(some.obs)
     if direct is None:
-        return False, f"observer {data.observer.name} mixes the entries of x, so no part of an observation predicts another"
+        return False, f"observer {some.observer.name} mixes the entries of x, so no part of an observation predicts another"
     observed = direct[1].isfinite()
     if bool(observed.all()):
         return True, "every entry is observed with noise: recorrupted observations predict each other"

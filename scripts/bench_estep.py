@@ -42,11 +42,11 @@ from estep_peers import ddpm, mmps
 from torch import Tensor
 
 import emdiff
+from emdiff.data import Observations
 from emdiff.em import Walk, posterior, walk_batch, walk_levels
 from emdiff.guidance import PosteriorDenoiser
 from emdiff.langevin import collapsed, start_velocity, walk
 from emdiff.metrics import residual_chi2
-from emdiff.observations import Observations
 from emdiff.prior import TAU_FIRST, Prior
 from emdiff.streams import stream, stream_seed
 from observers import Identity, Mask

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emdiff.data import Observations
 from emdiff.denoise import Denoiser
-from emdiff.observations import Observations
 
 RTOL = 1e-3
 

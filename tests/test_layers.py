@@ -8,8 +8,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors", "streams", "settings", "meanings", "charts"},
-    {"files", "measurement", "linalg"},
-    {"archive", "denoise", "langevin", "printing"},
+    {"files", "rows", "measurement", "linalg"},
+    {"archive", "written", "data", "denoise", "langevin", "printing"},
+    {"stored"},
     {"observations"},
     {"accumulate", "guidance", "gaussian"},
     {"nn", "mdae", "scale", "metrics", "calibration", "features", "verdict", "start", "training"},

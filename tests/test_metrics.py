@@ -13,7 +13,7 @@ from scipy.stats import energy_distance as scipy_energy
 from scipy.stats import wasserstein_distance
 from torch import Tensor, nn
 
-from emdiff import metrics
+from emdiff import rows
 from emdiff.metrics import (
     FeatureDistance,
     agreement,
@@ -38,7 +38,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @names
 def test_residual_chi2_at_the_truth_has_mean_one_and_variance_two_over_dim(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(metrics, "CHUNK", 1000)
+    monkeypatch.setattr(rows, "ENTRIES", 1000 * d)
     made, x = observer(name, N, S), normal(N, *S)
     data = Observations(made.simulate(x, generator(1)), made)
     seen = made.observed().expand(data.obs.shape).flatten(1).sum(1)

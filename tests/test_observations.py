@@ -343,8 +343,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
     before = path.read_bytes()
     with monkeypatch.context() as patch:
         if where == "writing":
-            patch.setattr(np.lib.format, "write_array", full_disk)
-            patch.setattr(h5py.File, "__setitem__", full_disk)
+            patch.setattr(np.lib.format, "write_array_header_1_0", full_disk)
+            patch.setattr(h5py.Dataset, "__setitem__", full_disk)
         else:
             patch.setattr(os, "replace", full_disk)
         complains(lambda: write_observations(path, read), path, "cannot be written", "No space left on device", "free space")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from exact import normal, observer, uniform
 
-from emdiff import scale as scale_module
+from emdiff import rows
 from emdiff.errors import UsageError
 from emdiff.observations import Observations
 from emdiff.scale import Scale, estimate_scale
@@ -30,7 +30,7 @@ def scaled(name: str, std: float) -> Observer:
 @pytest.mark.parametrize("mean, std", [(0.0, 1.0), (1e5, 3e4), (0.2, 0.007)])
 def test_mean_and_std_of_white_data_are_recovered_in_their_own_units(monkeypatch: pytest.MonkeyPatch, name: str, mean: float, std: float) -> None:
     """Some 12,000 observed entries or more, of noise as large as x: standard errors below 1 and .8 % of std."""
-    monkeypatch.setattr(scale_module, "CHUNK", 700)
+    monkeypatch.setattr(rows, "ENTRIES", 700 * d)
     made = scaled(name, std)
     data = Observations(made.simulate(mean + std * normal(N, *S), generator(1)), made)
     got = estimate_scale(data, generator())
@@ -66,7 +66,7 @@ def test_a_noise_that_explains_all_the_variation_is_refused(name: str) -> None:
 @names
 def test_standardised_observations_are_those_of_standardised_data(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """(obs - A mean) / std = A (x - mean) / std + n / std, entry by entry, and the noise level follows."""
-    monkeypatch.setattr(scale_module, "CHUNK", 7)
+    monkeypatch.setattr(rows, "ENTRIES", 7 * d)
     made, x, by = observer(name, 20, S), 5 + 3 * normal(20, *S), Scale(4.0, 2.5)
     obs = made.simulate(x, generator(1))
     n = obs - made.forward(x)
