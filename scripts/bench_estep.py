@@ -59,6 +59,9 @@ OTHER_ENDS = (20.0, 0.02)
 STEP_LEVEL = 0.5
 """Level of single steps, in units of the data's std."""
 
+OTHER_STARTS = ((24, 3, TAU_FIRST), (12, 1, 10.0), (16, 1, 10.0), (18, 1, 100.0), (24, 1, 100.0))
+"""More budgets of cg: levels, iterations, first level; ddpm had its pick of first levels too."""
+
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 Sampler = Callable[[Prior, Observations, int], Tensor]
@@ -88,9 +91,9 @@ def observe(kind: str, x: Tensor, seed: int) -> Observations:
     return Observations(observer.simulate(x, stream(seed, "bench noise")), observer)
 
 
-def ours(guidance: str, levels: int, iterations: int = 3) -> Sampler:
+def ours(guidance: str, levels: int, iterations: int = 3, tau_first: float = math.inf) -> Sampler:
     """The E-step's walk with its defaults but for the budget; every walk starts anew."""
-    walk = Walk(guidance, math.inf if guidance == "fused" else TAU_FIRST, levels=levels, iterations=iterations)
+    walk = Walk(guidance, tau_first, levels=levels, iterations=iterations)
 
     def sample(prior: Prior, data: Observations, seed: int) -> Tensor:
         with torch.no_grad():
@@ -103,10 +106,10 @@ def ours(guidance: str, levels: int, iterations: int = 3) -> Sampler:
 def budgets(quick: bool) -> dict[str, dict[str, Sampler]]:
     """Our walks, by kind of guidance and name."""
     fused = (4, 8) if quick else (4, 6, 8, 12, 16, 24, 32)
-    cg = ((4, 1),) if quick else ((8, 1), (12, 1), (16, 1), (24, 1), (12, 3), (16, 3), (24, 3), (32, 3))
+    cg = ((4, 1, TAU_FIRST),) if quick else tuple((n, 1, TAU_FIRST) for n in (8, 12, 16, 24)) + OTHER_STARTS
     return {
         "fused": {f"fused, {n} levels": ours("fused", n) for n in fused},
-        "cg": {f"cg, {n} levels, at most {k} iterations": ours("cg", n, k) for n, k in cg},
+        "cg": {f"cg, {n} levels from {first:g}, at most {k} iterations": ours("cg", n, k, first) for n, k, first in cg},
     }
 
 

@@ -3,7 +3,8 @@ r"""Posterior samplers of the peers, on emdiff's network: the other side of benc
 ddpm: ancestral sampling with moment-matching guidance as diffusion-priors does it. Levels fall geometrically from tau_first to tau_last in `steps`
 steps; each replaces the part 1 - (tau'/tau)^2 of x_t by the guided jump and adds the noise that leaves level tau'; the last state is guided once
 more. A step is one evaluation of the network, `iterations` products of the conjugate gradients from 0, and one more product, V At of their
-solution. Its solver's exit at a relative residual of 1e-3 is kept, and inner products are per datum, which serves it better than over the batch.
+solution. Its exit at a relative residual of 1e-3 is kept; inner products are per datum, and a datum whose curvature is not positive stops, which
+both serve it better than what it does: inner products over the batch, and steps of either sign.
 
 mmps: azula's MMPSDenoiser in azula's own sampler, our network wrapped as an azula denoiser.
 
@@ -44,12 +45,14 @@ def guided_jump(denoiser: Denoiser, data: Observations, y: Tensor, tau: float, i
     stop = RTOL**2 * rr
     for _ in range(iterations):
         Cp = A.cov(p) + A.forward(VAt(p))
-        step = rr / dots(p, Cp).clamp(min=1e-12)
+        curvature = dots(p, Cp)
+        going = (curvature > 0) & (rr > stop)
+        step = torch.where(going, rr / torch.where(going, curvature, 1.0), 0.0)
         w, r = w + step * p, r - step * Cp
         before, rr = rr, dots(r, r)
-        if bool((rr <= stop).all()):
+        if not bool((going & (rr > stop)).any()):
             break
-        p = r + rr / before.clamp(min=1e-12) * p
+        p = r + torch.where(before > 0, rr / torch.where(before > 0, before, 1.0), 0.0) * p
     return mean + VAt(w)
 
 
