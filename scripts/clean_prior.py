@@ -1,6 +1,8 @@
 """A prior trained on MNIST's clean training digits by emdiff's own training, kept as a file: what benchmarks of the E-step share.
 
-python scripts/clean_prior.py --folder runs/estep --maps      with maps of levels in training, as for masked observations
+    python scripts/clean_prior.py --folder runs/estep --maps      with maps of levels in training, as for masked observations
+
+The file is named by kind, steps and seed, and is not trained again where it is there.
 """
 
 from __future__ import annotations
