@@ -18,10 +18,11 @@ Symbols, the same in every file:
 | `V` | posterior covariance V[x | y] | acts on (B, *S) |
 | `delta`, `gamma`, `u` | step, friction per unit time, inverse mass of a walk | |
 | `k` | EM iteration | |
+| `f`, `h` | energy, -log p(y) up to a constant; its metaencoder | (B,) |
 | `c` | noise coordinate log(1 + 1/tau^2)/2 | like tau |
 
 Layers, each importing only from those before it: observers; maths (measurement, linalg, denoise, mixture, guidance, langevin,
-gaussian); learning (nn, mdae, scale, observations, start, training); em; cli.
+gaussian); learning (nn, mdae, mem, muvb, poisson, scale, observations, start, training); em; cli. tests/test_layers.py has the whole list.
 """
 
 __version__ = "0.1.0"

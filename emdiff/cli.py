@@ -1,16 +1,21 @@
-"""The command line: `emdiff observe | fit | sample | reconstruct | evaluate | report`. Torch is imported when a command runs: --help is quick."""
+"""The command line: `emdiff observe | fit | train | sample | denoise | reconstruct | evaluate | report | check-observer`.
+
+train, sample and denoise are in cli_prior. Torch is imported when a command runs: --help is quick.
+"""
 
 import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal, Optional, Union
 
 from jsonargparse import ArgumentParser, auto_parser
 
+from emdiff.checks import at_least, positive, suffix
+from emdiff.cli_prior import denoise, sample, train
 from emdiff.errors import UsageError
 from emdiff.settings import TrainSettings, WalkSettings
-from observers.recipes import Recipe, identity
+from observers.instruments import Recipe, identity
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -30,13 +35,14 @@ def observe(
         data: Clean data, .npz, .npy or .h5; uint8 images become [0, 1].
         noise_std: Standard deviation of n, in the units of the data.
         out: File to write, .npz or .h5, or a folder of .npy files (FOLDER/).
-        observer: How A is drawn: identity, mask (keep), projection (rows); --observer.help mask tells more.
+        observer: How A is drawn: identity, mask, projection, blur, downsample, fourier, multicoil, radon, compressed, compose, stack;
+            --observer.help mask tells what can be set.
         count: Take the first so many data; all by default.
         seed: Seed of masks and noise.
         device: Accepted for uniformity; observing runs on the CPU.
     """
-    _positive("--noise-std", noise_std)
-    _suffix("--out", out, (".npz", ".h5", ".hdf5", "/"))
+    positive("--noise-std", noise_std)
+    suffix("--out", out, (".npz", ".h5", ".hdf5", "/"))
     from emdiff.commands import observe_command
 
     observe_command(Path(data), observer, noise_std, count, Path(out), seed)
@@ -46,12 +52,13 @@ def fit(
     observations: str,
     out: Optional[str] = None,
     iters: int = 10,
-    start: Literal["auto", "gaussian", "self-supervised"] = "auto",
+    start: Literal["auto", "mixture", "gaussian", "self-supervised"] = "auto",
     guidance: Literal["auto", "fused", "cg", "gmres"] = "auto",
     relax: Optional[int] = None,
+    init_prior: Optional[str] = None,
     stop: Literal["never", "auto"] = "never",
     observer: Optional[str] = None,
-    noise_std: Optional[float] = None,
+    noise_std: Optional[Union[float, Literal["auto"]]] = None,
     shape: Optional[list[int]] = None,
     uint8_range: bool = False,
     seed: int = 0,
@@ -72,11 +79,12 @@ def fit(
         relax: Last iteration that may over-relax (coarse jumps, re-noised: fast but biased), which happens only where the last samples spread more
             than the data, as estimated from the observations. 0: exact iterations only. Unset: no limit where the
             noise exceeds 2 tau_relax, else 0.
+        init_prior: A prior.safetensors to start from, such as one of `emdiff train`, in place of `start`; its scale of the data is taken too.
         stop: auto ends the fit when the figures that need no truth (chi2, and the agreement of re-observed prior samples with the observations)
             have not improved for three iterations; either way the run's prior for later commands is that of the best iteration with auto, of
             the last with never.
-        observer: Name of the observer, if the file does not hold it or holds another.
-        noise_std: Noise level in the units of the observations, likewise.
+        observer: Name of the observer, or module:Class, or path/file.py:Class, if the file does not hold it or holds another.
+        noise_std: Noise level in the units of the observations, likewise; auto estimates one for all entries, and EM updates it.
         shape: Shape of x, likewise.
         uint8_range: Accept uint8 observations and divide them by 255.
         seed: Seed of everything random.
@@ -89,39 +97,8 @@ def fit(
     config = {name: asdict(value) if name in ("walk", "train") else value for name, value in locals().items()}
     from emdiff.commands import fit_command
 
-    _at_least("--iters", iters, 1)
+    at_least("--iters", iters, 1)
     fit_command(config)
-
-
-def sample(
-    run: str,
-    count: int = 64,
-    out: str = "samples.npz",
-    levels: int = 64,
-    steps: int = 0,
-    seed: int = 0,
-    device: Device = "auto",
-    compile: bool = False,
-) -> None:
-    """Draw unconditional samples from a run's prior, and a picture of them.
-
-    Args:
-        run: Run folder of `emdiff fit`.
-        count: Number of samples.
-        out: File to write, .npz with x in the units of the data; the picture gets its name with .png.
-        levels: Noise levels of the walk; more is slower and more exact.
-        steps: Langevin steps at each level.
-        seed: Seed.
-        device: Where to run.
-        compile: Run the network through torch.compile; pays from some minutes of sampling on.
-    """
-    from emdiff.commands import sample_command
-
-    for name, value in {"--count": count, "--levels": levels}.items():
-        _at_least(name, value, 1 if name == "--count" else 2)
-    _at_least("--steps", steps, 0)
-    _suffix("--out", out, (".npz",))
-    sample_command(Path(run), count, Path(out), levels, steps, seed, device, compile)
 
 
 def reconstruct(
@@ -145,7 +122,7 @@ def reconstruct(
         samples: Posterior samples per observation, at least 2 for a std.
         out: File to write, .npz, .h5 or a folder (FOLDER/), with samples (N, samples, *S), mean and std (N, *S).
         observer: Name of the observer, if the file does not hold it.
-        noise_std: Noise level, if the file does not hold it.
+        noise_std: Noise level, if the file does not hold it; unset, that of the run if it has estimated one.
         shape: Shape of x, if the file does not hold it.
         uint8_range: Accept uint8 observations and divide them by 255.
         seed: Seed.
@@ -154,10 +131,11 @@ def reconstruct(
     """
     from emdiff.commands import reconstruct_command
     from emdiff.observations import open_observations
+    from emdiff.posterior import run_level
 
-    _at_least("--samples", samples, 2)
-    _suffix("--out", out, (".npz", ".h5", ".hdf5", "/"))
-    data = open_observations(Path(observations), observer, noise_std, tuple(shape) if shape else None, uint8_range)
+    at_least("--samples", samples, 2)
+    suffix("--out", out, (".npz", ".h5", ".hdf5", "/"))
+    data = open_observations(Path(observations), observer, noise_std or run_level(Path(run)), tuple(shape) if shape else None, uint8_range)
     reconstruct_command(Path(run), data, samples, Path(out), seed, device, compile)
 
 
@@ -192,7 +170,7 @@ def evaluate(
         features: Feature module for Frechet and kernel distances: random-conv-64, or a TorchScript file that maps images to vectors.
         out: Folder to write metrics.json and arrays.npz. Unset: RUN/evaluation.
         observer: Name of the observer, if the file does not hold it.
-        noise_std: Noise level, if the file does not hold it.
+        noise_std: Noise level, if the file does not hold it; unset, that of the run if it has estimated one.
         shape: Shape of x, if the file does not hold it.
         uint8_range: Accept uint8 observations and divide them by 255.
         seed: Seed.
@@ -201,10 +179,11 @@ def evaluate(
     """
     from emdiff.commands import evaluate_command
     from emdiff.observations import open_observations
+    from emdiff.posterior import run_level
 
-    _at_least("--samples", samples, 4)
-    _at_least("--prior-samples", prior_samples, 2)
-    data = open_observations(Path(observations), observer, noise_std, tuple(shape) if shape else None, uint8_range)
+    at_least("--samples", samples, 4)
+    at_least("--prior-samples", prior_samples, 2)
+    data = open_observations(Path(observations), observer, noise_std or run_level(Path(run)), tuple(shape) if shape else None, uint8_range)
     if count is not None and not 2 <= count <= len(data):
         raise UsageError(f"--count is {count}; {observations} holds {len(data)} observations, give 2 to {len(data)}")
     evaluate_command(
@@ -221,8 +200,8 @@ def report(run: str, out: Optional[str] = None, pdf: Optional[str] = None) -> No
         out: File to write, .html; report.html in the run folder by default.
         pdf: Print the page to this .pdf too; needs Chromium.
     """
-    _suffix("--out", out or "report.html", (".html",))
-    _suffix("--pdf", pdf or "report.pdf", (".pdf",))
+    suffix("--out", out or "report.html", (".html",))
+    suffix("--pdf", pdf or "report.pdf", (".pdf",))
     from emdiff.printing import find_browser, write_pdf
     from emdiff.report import write_report
 
@@ -233,19 +212,30 @@ def report(run: str, out: Optional[str] = None, pdf: Optional[str] = None) -> No
         print(f"printed: {write_pdf(page, Path(pdf), browser)}")
 
 
-def _positive(name: str, value: float) -> None:
-    if not 0 < value < float("inf"):
-        raise UsageError(f"{name} is {value:g}; it has to be a positive, finite number in the units of the data")
+def check_observer(
+    name: str,
+    observations: Optional[str] = None,
+    shape: Optional[list[int]] = None,
+    count: int = 8,
+    seed: int = 0,
+    device: Device = "auto",
+) -> None:
+    """Check that an observer keeps its contract: exact adjoint, linear, each datum alone. The last line is one JSON object.
 
+    Exit status 0: it does; 1: it does not; 2: it cannot be checked.
 
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise UsageError(f"{name} is {value}; give {least} or more")
+    Args:
+        name: A built-in name, module:Class, or path/file.py:Class; may stand without --name.
+        observations: A file that holds the observer's arrays. Unset: random ones, by the recipe of a built-in observer or the class method `example`.
+        shape: Shape of x; 16 16 by default.
+        count: Size of the batch, at least 2.
+        seed: Seed of everything random.
+        device: Where to compute.
+    """
+    from emdiff.check import check_command
 
-
-def _suffix(name: str, path: str, known: tuple[str, ...]) -> None:
-    if not path.endswith(known):
-        raise UsageError(f"{name} is {path}; its name has to end with {' or '.join(known)}")
+    at_least("--count", count, 2)
+    sys.exit(check_command(name, observations, tuple(shape) if shape else None, count, seed, device))
 
 
 class Parser(ArgumentParser):
@@ -258,7 +248,17 @@ class Parser(ArgumentParser):
         sys.exit(2)
 
 
-COMMANDS = {"observe": observe, "fit": fit, "sample": sample, "reconstruct": reconstruct, "evaluate": evaluate, "report": report}
+COMMANDS = {
+    "observe": observe,
+    "fit": fit,
+    "train": train,
+    "sample": sample,
+    "denoise": denoise,
+    "reconstruct": reconstruct,
+    "evaluate": evaluate,
+    "report": report,
+    "check-observer": check_observer,
+}
 
 
 def dashes(argument: str) -> str:
@@ -270,6 +270,8 @@ def dashes(argument: str) -> str:
 def main(arguments: Optional[list[str]] = None) -> None:
     """Run a command; bad input ends with status 2 and one message."""
     arguments = [dashes(a) for a in (sys.argv[1:] if arguments is None else arguments)]
+    if arguments[:1] == ["check-observer"] and len(arguments) > 1 and not arguments[1].startswith("-"):
+        arguments.insert(1, "--name")
     parser = auto_parser(COMMANDS, as_positional=False, parser_class=Parser, prog="emdiff", allow_abbrev=False)
     chosen = parser.parse_args(arguments)
     try:

@@ -16,18 +16,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from emdiff.compiled import for_sampling
+from emdiff.console import Bars
 from emdiff.data import Data, Observations
 from emdiff.errors import UsageError
 from emdiff.evaluate import Evaluation, Task, drifts, evaluate, ratios, write_evaluation
 from emdiff.features import feature_module
 from emdiff.figures import is_image, save_progress, save_rows, save_samples
-from emdiff.files import write_arrays
 from emdiff.fit import run_fit
+from emdiff.identify import blind_spots
 from emdiff.metrics import residual_chi2, truth_figures
+from emdiff.noise import depends_on_signal, first_noise, with_counts, with_level
 from emdiff.observations import open_data, open_observations, open_truth, write_parts
-from emdiff.plan import Config, default_name, make_plan, print_plan, resolve_device, resolved_config
-from emdiff.posterior import check_shape, run_walk, sample_posterior
-from emdiff.prior import load_prior, sample_prior
+from emdiff.plan import Config, default_name, make_plan, print_plan, read_init_prior, resolve_device, resolved_config
+from emdiff.posterior import check_shape, run_walk, sample_posterior, settled
+from emdiff.prior import check_any_level, load_prior
 from emdiff.report import write_report
 from emdiff.rows import BLOCK, Rows, spans
 from emdiff.runs import Run, latest_prior, round_metrics, round_of, versions
@@ -39,7 +41,7 @@ from observers import Observer
 from observers.recipes import Recipe
 
 
-class Console:
+class Console(Bars):
     """Progress bars that name the phase and the time left, and a line per round; pictures and W&B at the end of each round.
 
     Args:
@@ -49,25 +51,14 @@ class Console:
     """
 
     def __init__(self, run: Run, tracker: Tracker, fixed: dict[str, Tensor]) -> None:
-        self.run, self.tracker, self.fixed, self.bar = run, tracker, fixed, None
-
-    def phase(self, name: str, total: int) -> Callable[..., None]:
-        """A new bar; returns its update (done, loss)."""
-        self.close()
-        layout = "{desc:<36} {percentage:3.0f}% |{bar:24}| {elapsed}<{remaining}{postfix}"
-        self.bar = bar = tqdm(total=total, desc=name, bar_format=layout, leave=False, mininterval=0.5, file=sys.stderr)
-
-        def update(done: int, loss: float | None = None) -> None:
-            if loss is not None:
-                bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-            bar.update(done - bar.n)
-
-        return update
+        super().__init__()
+        self.run, self.tracker, self.fixed = run, tracker, fixed
 
     def round(self, k: int, metrics: dict[str, Any], pictures: dict[str, Tensor]) -> None:
         """Say how the round went, and draw it."""
         self.close()
-        names = {"chi2": "chi2", "sample_std": "std", "observation_agreement": "agreement", "error": "error", "restarted": "restarted"}
+        names = {"chi2": "chi2", "sample_std": "std", "observation_agreement": "agreement", "error": "error", "noise_std": "noise"}
+        names["restarted"] = "restarted"
         figures = "  ".join(f"{label} {metrics[name]:.4g}" for name, label in names.items() if name in metrics)
         print(f"{'start   ' if not k else f'round {k:3d}'}  {figures}  ({metrics['seconds']:.0f} s)", flush=True)
         folder = self.run.path / "figures"
@@ -79,11 +70,6 @@ class Console:
         save_progress(folder / "progress.png", history)
         self.tracker.log(metrics, {**pictures, "rows": rows})
         write_report(self.run.path)
-
-    def close(self) -> None:
-        """End the current bar."""
-        if self.bar is not None:
-            self.bar.close()
 
 
 def bars(span: slice | None = None, count: int = 0) -> Callable[[str, int], Callable[[int], None]]:
@@ -104,17 +90,22 @@ def bars(span: slice | None = None, count: int = 0) -> Callable[[str, int], Call
 
 
 def observe_command(data: Path, recipe: Recipe, noise_std: float, count: int | None, out: Path, seed: int) -> None:
-    """`emdiff observe`: in parts, each with operators and noise of its own from one stream."""
+    """`emdiff observe`: in parts, each with operators and noise of its own from one stream; what all data share is that of the first part."""
     x, generator = open_data(data, count), stream(seed, "observe")
     shape, name = tuple(x.shape[1:]), ""
 
     def parts() -> Iterator[tuple[Observations, Tensor]]:
         nonlocal name
-        shared: Observer | None = None
+        whole: Observer | None = None
+        shared: dict[str, Tensor] = {}
         for span in spans(len(x), math.prod(shape), len(x), BLOCK // 4):
             clean = x[span]
-            drawn = shared or recipe.draw(shape, len(clean), noise_std, generator)
-            shared, name = drawn if drawn.count is None and not span.start else shared, drawn.name
+            drawn = whole or recipe.draw(shape, len(clean), noise_std, generator)
+            if not span.start:
+                whole, name = drawn if drawn.count is None else None, drawn.name
+                shared = {key: array for key, array in drawn.arrays().items() if len(array) != len(clean)}
+            elif whole is None:
+                drawn = type(drawn).assemble(shape, drawn.noise, {**drawn.arrays(), **shared, **drawn.options()})
             yield Observations(drawn.simulate(clean, generator), drawn), clean
 
     write_parts(out, len(x), parts())
@@ -126,13 +117,21 @@ def fit_command(config: Config) -> None:
     """`emdiff fit`."""
     path, device = Path(config["observations"]), resolve_device(config["device"])
     shape = tuple(config["shape"]) if config["shape"] else None
-    data = open_observations(path, config["observer"], config["noise_std"], shape, config["uint8_range"])
-    scale = estimate_scale(data, stream(config["seed"], "scale"))
+    unknown = config["noise_std"] == "auto"
+    data = open_observations(path, config["observer"], 1.0 if unknown else config["noise_std"], shape, config["uint8_range"])
+    if unknown:
+        data = with_level(data, first_noise(data))
+    elif depends_on_signal(data):
+        data = with_counts(data, None)
+    initial = config["init_prior"]
+    scale = read_init_prior(Path(initial), data).scale if initial else estimate_scale(data, stream(config["seed"], "scale"))
     plan, reasons = make_plan(config, data, scale, device)
     resolved = resolved_config(config, plan)
     out = Path(config["out"]) if config["out"] else Path("runs") / default_name(path, resolved)
     run = Run(out, resolved, path, needed=4 * (plan.iters + 6) * len(data) * math.prod(data.shape))
     print_plan(data, scale, plan, reasons, out, run.finished())
+    for line in blind_spots(data, stream(config["seed"], "blind spots")):
+        print(f"warning: {line}", flush=True)
     tracker = Tracker(config["wandb"], out, resolved, warn=lambda line: print(f"note: {line}"))
     truth, obs = open_truth(path), data.rows(slice(0, 12)).obs
     fixed = {} if truth is None else {"truth": truth[:12]}
@@ -147,25 +146,10 @@ def fit_command(config: Config) -> None:
     print(f"next: emdiff evaluate --run {out} --observations {path}; emdiff sample --run {out} --out samples.npz")
 
 
-def sample_command(run: Path, count: int, out: Path, levels: int, steps: int, seed: int, device: str, compile: bool = False) -> None:
-    """`emdiff sample`."""
-    device = resolve_device(device)
-    prior = for_sampling(load_prior(latest_prior(run), device), device, compile)
-    bar = tqdm(total=count, desc="samples", leave=False, file=sys.stderr)
-    generator = stream(seed, "sample", device=device)
-    x = sample_prior(prior, count, generator, levels, steps, progress=lambda done: bar.update(done - bar.n))
-    bar.close()
-    write_arrays(out, x=x.numpy())
-    picture = out.with_suffix(".png")
-    save_samples(picture, x[:64], f"samples of {run.name}")
-    print(f"{count} samples of shape {prior.shape} -> {out}, picture {picture}")
-    print(f"next: look at {picture}; np.load('{out}')['x'] is in the units of the data")
-
-
 def reconstruct_command(run: Path, data: Data, samples: int, out: Path, seed: int, device: str, compile: bool = False) -> None:
     """`emdiff reconstruct`."""
     device = resolve_device(device)
-    prior = for_sampling(load_prior(latest_prior(run), device), device, compile)
+    prior = for_sampling(check_any_level(load_prior(latest_prior(run), device), run), device, compile)
     check_shape(prior, data, run)
     generator = stream(seed, "reconstruct", device=device)
     walk, chi2, picture = run_walk(run, data, device), 0.0, out.with_suffix(".png")
@@ -173,7 +157,7 @@ def reconstruct_command(run: Path, data: Data, samples: int, out: Path, seed: in
         shapes = {"samples": (len(data), samples, *data.shape), "mean": (len(data), *data.shape), "std": (len(data), *data.shape)}
         arrays = {name: new.array(name, shape, np.float32) for name, shape in shapes.items()}
         for span in spans(len(data), samples * math.prod(data.shape), len(data), BLOCK):
-            block = data.rows(span)
+            block = settled(prior, data.rows(span), walk, generator)
             stacked = sample_posterior(prior, block, walk, samples, generator, bars(span, len(data))).x
             made = {"samples": stacked, "mean": stacked.mean(1), "std": stacked.std(1)}
             for name, values in made.items():
@@ -192,7 +176,7 @@ def evaluate_command(
 ) -> None:  # fmt: skip
     """`emdiff evaluate`."""
     device = resolve_device(device)
-    prior = load_prior(latest_prior(run), device)
+    prior = check_any_level(load_prior(latest_prior(run), device), run)
     check_shape(prior, data, run)
     rows = evaluated_rows(data, count, samples, seed)
     if count is None and len(rows) < len(data):
@@ -201,7 +185,8 @@ def evaluate_command(
     total, data = len(data), data.rows(rows)
     if truth is not None and is_image(data.shape):
         feature_module(features, truth[:2].reshape(len(truth[:2]), -1, *data.shape[-2:]))
-    best = load_prior(oracle, device) if oracle else None
+    best = check_any_level(load_prior(oracle, device), oracle) if oracle else None
+    data = settled(prior, data, run_walk(run, data, device), stream(seed, "evaluate", "counts", device=device))
     task = Task(data, run_walk(run, data, device), samples, prior_samples, truth, features, seed, device)
     history, iteration = round_metrics(run), round_of(latest_prior(run))
     found = evaluate(prior, task, bars())

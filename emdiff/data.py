@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from emdiff.rows import Index, Rows, evenly, small, spans
-from observers import REGISTRY, Observer, build
+from observers import Observer
+from observers.noises import NOISE_KEYS, noise_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +95,7 @@ def observer_name(data: Data) -> str:
 def held(data: Data) -> Data:
     """The data in memory where they are small (`rows.small`), which spares each batch the work of reading and changing its rows; else as they are."""
     two = data.rows(slice(0, 2))
-    tensors = [two.obs, two.observer.noise_std, *two.observer.arrays().values()]
+    tensors = [two.obs, *two.observer.noise.tensors().values(), *two.observer.arrays().values()]
     each = sum(t.numel() * t.element_size() for t in tensors if t.ndim and t.shape[0] == 2) // 2
     return data.rows(slice(None)) if small(len(data) * each) else data
 
@@ -133,31 +134,35 @@ class Operators:
     """The observer of rows of a file: what is per datum is read by row, what is shared once.
 
     Args:
-        name: Name of the observer.
+        kind: The observer's class.
         shape: S; () where it has to be inferred.
-        arrays: Its arrays and noise_std.
+        arrays: Its arrays and those of its noise.
+        options: Its options.
         obs_shape: (N, *O).
 
     Raises:
         ValueError: Observations of obs_shape cannot come from such an observer.
     """
 
-    def __init__(self, name: str, shape: tuple[int, ...], arrays: dict[str, Rows], obs_shape: tuple[int, ...]) -> None:
-        self.name, self.arrays = name, arrays
+    def __init__(
+        self, kind: type[Observer], shape: tuple[int, ...], arrays: dict[str, Rows], options: dict[str, Any], obs_shape: tuple[int, ...]
+    ) -> None:
+        self.kind, self.arrays, self.options = kind, arrays, options
         for key, rows in arrays.items():
             if rows.shape and rows.shape[0] not in (1, obs_shape[0]):
                 raise ValueError(f"{key} has shape {rows.shape}, expected a leading axis of 1 or {obs_shape[0]} as in obs {obs_shape}")
         self.shared = {key: rows.all() for key, rows in arrays.items() if not rows.shape or rows.shape[0] == 1}
         first = {key: self.shared.get(key, rows[slice(0, 1)]) for key, rows in arrays.items()}
-        known = REGISTRY[name].infer_shape(obs_shape[1:], first) if name in REGISTRY else ()
-        self.shape = tuple(shape or known)
+        self.shape = tuple(shape or kind.infer_shape(obs_shape[1:], {**first, **options}))
+        if not self.shape:
+            raise ValueError(f"the file does not say the shape of x, and observer '{kind.name}' cannot infer it; pass --shape")
         try:
             self.one = self._build(first)
         except ValueError as error:
             raise ValueError(_of_all(str(error), first, arrays)) from error
         if obs_shape[1:] != self.one.obs_shape:
             wanted = ", ".join(map(str, self.one.obs_shape))
-            raise ValueError(f"obs has shape {obs_shape}, expected (N, {wanted}) from observer '{name}' of x {self.shape}")
+            raise ValueError(f"obs has shape {obs_shape}, expected (N, {wanted}) from observer '{kind.name}' of x {self.shape}")
 
     def __call__(self, index: Index) -> Observer:
         """The observer of the data at indices (B,) or in a slice."""
@@ -166,8 +171,9 @@ class Operators:
         return self._build({key: self.shared[key] if key in self.shared else rows[index] for key, rows in self.arrays.items()})
 
     def _build(self, tensors: dict[str, Tensor]) -> Observer:
-        arrays = {key: tensor for key, tensor in tensors.items() if key != "noise_std"}
-        return build(self.name, self.shape, arrays, tensors["noise_std"])
+        arrays = {key: tensor for key, tensor in tensors.items() if key not in NOISE_KEYS}
+        noise = noise_of({key: tensor for key, tensor in tensors.items() if key in NOISE_KEYS})
+        return self.kind.assemble(self.shape, noise, {**arrays, **self.options})
 
 
 def _of_all(message: str, first: dict[str, Tensor], arrays: dict[str, Rows]) -> str:

@@ -29,7 +29,9 @@ import torch
 from torch import Tensor
 
 from emdiff.accumulate import accumulate, levels
+from emdiff.basewalk import descend, fused, guided
 from emdiff.data import Data, Observations, measured, observer_name
+from emdiff.deconvolution import whitened
 from emdiff.denoise import Denoiser
 from emdiff.guidance import TOLERANCE, FusedPosterior, PosteriorDenoiser
 from emdiff.langevin import STEPS
@@ -41,6 +43,10 @@ Progress = Callable[[int], None]
 
 RETRIES = 3
 """Times a chain that left the data's range is restarted before its last good sample is kept."""
+
+
+EVEN = 4.0
+"""Coarsest level at which a departure from a base is trained, in units of the data's std."""
 
 
 class Walk(NamedTuple):
@@ -151,6 +157,8 @@ def walk_batch(
     complete: bool = True,
 ) -> Draws:  # fmt: skip
     """Sample x | obs for a batch: see `e_step`; nothing is restarted here."""
+    if isinstance(prior, MDAE) and prior.base is not None:
+        return walk_from_base(prior, data, chains, walk, taus, generator)
     target = posterior(prior, data, walk)
     tau = walk.tau_first
     if math.isinf(tau):
@@ -165,6 +173,19 @@ def walk_batch(
     residual, iterations = float(target.solve.residual.mean()), float(target.solve.iterations.float().mean())
     sample = target.draw(end.y[:, None], end.y.new_tensor([end.tau]), generator) if complete else None
     return Draws(end.y, end.xhat, end.tau, residual=residual, iterations=iterations, sample=sample)
+
+
+def walk_from_base(prior: MDAE, data: Observations, chains: Tensor | None, walk: Walk, taus: list[float], generator: torch.Generator) -> Draws:
+    """Sample x | obs for a batch under a prior with a base (basewalk); fused walks start from TAU_FIRST, where the base knows all there is."""
+    seen = whitened(data)
+    target, departs = prior.base.given(seen), prior.departs()
+    if walk.guidance == "fused":
+        departure, chains = fused(prior, *data.observer.as_measurement(data.obs)) if departs else None, None
+        taus = levels(TAU_FIRST, walk.tau_last, walk.levels)
+    else:
+        departure = guided(prior, seen) if departs else None
+    end = descend(target, departure, (len(data), *data.shape), taus, generator, chains)
+    return Draws(end.y, end.xhat, end.tau, sample=end.x)
 
 
 def escaped(x: Tensor, bound: float) -> Tensor:
@@ -209,7 +230,7 @@ def e_step(
         span = slice(i, min(i + walk.batch, len(data)))
         before = None if chains is None else chains[span].to(device)
         draws = _walk_within(bound, prior, data.rows(span).to(device), before, walk, taus, generator, tau_chains)
-        for name in ("y", "x") if walk.guidance == "fused" else ("y", "x", "sample"):
+        for name in ("y", "x") if draws.sample is None else ("y", "x", "sample"):
             batch, shape = getattr(draws, name), (len(data), *data.shape)
             if name not in arrays:
                 arrays[name] = store(name, shape) if store else torch.empty(shape, dtype=batch.dtype)
@@ -239,7 +260,7 @@ def _walk_within(bound: float, prior: Denoiser, batch: Observations, before: Ten
     if bool(bad.any()):
         last = torch.zeros_like(x) if before is None else before
         y, x, sample = (torch.where(bad.reshape(-1, *[1] * (x.ndim - 1)), last, a) for a in (y, x, sample))
-    return draws._replace(y=y, x=x, sample=sample, restarted=restarted, kept=bad)
+    return draws._replace(y=y, x=x, sample=None if draws.sample is None else sample, restarted=restarted, kept=bad)
 
 
 def drawn(draws: Draws) -> Draws:
@@ -267,13 +288,19 @@ class PairLoss:
         tau_last: Finest level to train.
         sigma_z: Levels of the observations as measurements (N, *S), where they differ between entries; else None.
         centre: Mean of log tau.
+        even: Levels even in log tau from tau_last to EVEN instead: where a base is right at coarse levels, the departure is learned at fine ones.
     """
 
-    def __init__(self, draws: Draws, tau_last: float, sigma_z: Array | None = None, centre: float = -0.3) -> None:
-        self.draws, self.tau_last, self.sigma_z, self.centre = draws, tau_last, sigma_z, centre
+    def __init__(self, draws: Draws, tau_last: float, sigma_z: Array | None = None, centre: float = -0.3, even: bool = False) -> None:
+        self.draws, self.tau_last, self.sigma_z, self.centre, self.even = draws, tau_last, sigma_z, centre, even
 
     def __call__(self, denoiser: MDAE, index: Tensor, generator: torch.Generator) -> Tensor:
         """The mean loss of a batch of indices (B,), shape ()."""
+        x, y, tau = self.inputs(index, generator)
+        return denoiser.loss(x, y[:, None], tau[:, None]).mean()
+
+    def inputs(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Jumps x (B, *S), measurements y (B, *S) and their levels (B, *S or ones), drawn for a batch of indices (B,)."""
         device, where = generator.device, index.to(self.draws.x.device)
         x, y = self.draws.x[where].to(device), self.draws.y[where].to(device)
         tau = self.levels(len(index), generator).reshape(-1, *[1] * (x.ndim - 1))
@@ -282,14 +309,15 @@ class PairLoss:
         eps = torch.randn(y.shape, generator=generator, dtype=y.dtype, device=device)
         unseen = tau.isinf()
         extra = torch.where(unseen, 0.0, tau.square() - self.draws.tau**2).clamp(min=0).sqrt()
-        y = torch.where(unseen, 0.0, y + extra * eps)
-        return denoiser.loss(x, y[:, None], tau[:, None]).mean()
+        return x, torch.where(unseen, 0.0, y + extra * eps), tau
 
     def levels(self, count: int, generator: torch.Generator) -> Tensor:
         """Noise levels (count,), one in each of `count` equal shares of the log-normal's mass, shuffled."""
         like = {"generator": generator, "device": generator.device}
         share = (torch.rand(1, **like) + torch.arange(count, device=generator.device)) % count / count
         share = share[torch.randperm(count, **like)].clamp(1e-3, 1 - 1e-3)
+        if self.even:
+            return self.tau_last * (EVEN / self.tau_last) ** share
         log_tau = self.centre + 1.3 * math.sqrt(2) * torch.erfinv(2 * share - 1)
         return log_tau.exp().clamp(self.tau_last, TAU_FIRST)
 

@@ -97,17 +97,17 @@ def save_rows(path: Path, rows: dict[str, Tensor], columns: int = 12) -> None:
     _write(path, figure)
 
 
-def save_progress(path: Path, history: list[dict[str, Any]]) -> None:
-    """Write a PNG of the figures in SHOWN over iterations."""
-    names = [name for name in SHOWN if any(name in row for row in history)]
+def save_progress(path: Path, history: list[dict[str, Any]], shown: Sequence[str] = SHOWN) -> None:
+    """Write a PNG of the figures in `shown` over iterations."""
+    names = [name for name in shown if any(name in row for row in history)]
     figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 2.8), squeeze=False)
     for axis, name in zip(axes[0], names):
         rows = [row for row in history if name in row]
         axis.plot([row["iter"] for row in rows], [row[name] for row in rows], marker="o", ms=3)
         if name in GOOD:
             axis.axhline(GOOD[name], color="0.6", lw=0.8, ls="--")
-        axis.set_title(LABELS[name], fontsize=8)
-        axis.set_xlabel("EM iteration", fontsize=8)
+        axis.set_title(LABELS.get(name, name.replace("_", " ")), fontsize=8)
+        axis.set_xlabel("EM iteration" if shown is SHOWN else "round", fontsize=8)
     _write(path, figure)
 
 
@@ -117,3 +117,26 @@ def _write(path: Path, figure: Any) -> None:
         write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
     finally:
         plt.close(figure)
+
+
+def save_fields(path: Path, grid: np.ndarray, log_p: np.ndarray, score: np.ndarray) -> None:
+    """Write a PNG of a density on the plane, its logarithm and its score.
+
+    Args:
+        path: Where to.
+        grid: Values of either coordinate (n,).
+        log_p: Log-density (n, n), second coordinate first.
+        score: Its gradient (n, n, 2).
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.6))
+    ends = (grid[0], grid[-1], grid[0], grid[-1])
+    axes[0].imshow(np.exp(log_p), origin="lower", extent=ends, cmap="viridis")
+    axes[1].imshow(log_p, origin="lower", extent=ends, cmap="viridis", vmin=log_p.max() - 15)
+    few = slice(None, None, max(1, len(grid) // 15))
+    axes[2].quiver(grid[few], grid[few], score[few, few, 0], score[few, few, 1])
+    axes[2].set_aspect("equal")
+    for axis, title in zip(axes, ("p(y)", "log p(y)", "gradient of log p(y)")):
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("y_1", fontsize=8)
+        axis.set_ylabel("y_2", fontsize=8)
+    _write(path, figure)

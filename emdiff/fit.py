@@ -9,22 +9,27 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from emdiff.compiled import for_sampling
+from emdiff.components import STAGES, fit_mixture
 from emdiff.data import Data, held, measured
 from emdiff.em import Draws, PairLoss, Walk, drawn, e_step, over_relaxed
 from emdiff.gaussian import condition, fit_gaussian
 from emdiff.mdae import MDAE
 from emdiff.metrics import prior_figures, sample_figures
+from emdiff.noise import depends_on_signal, updated_level, with_counts, with_level
 from emdiff.pool import restart
+from emdiff.posterior import sample_posterior
 from emdiff.prior import Prior, build_network, load_prior, sample_prior, save_prior, set_precision
-from emdiff.rows import Array, Index, Rows, fill
+from emdiff.rows import BLOCK, Array, Index, Rows, chosen_rows, fill, row_spans, spans
 from emdiff.runs import Run, latest_prior
 from emdiff.scale import Scale
+from emdiff.shrink import keep
 from emdiff.start import Choice, first_samples, recorrupt, self_supervised_loss
 from emdiff.streams import stream, stream_seed
 from emdiff.training import Trained, train
@@ -57,6 +62,8 @@ class Plan(NamedTuple):
         prior_samples: Prior samples drawn per round for figures.
         seed: Seed of everything random.
         device: "cpu" or "cuda".
+        level: Where the noise level is not known, its first estimate, which EM updates; else None.
+        init_prior: The prior that EM starts from; None for a start from the observations alone.
         stop: End when the figures that need no truth have stopped to improve, and keep the best iteration (verdict).
         compile: Run the network of the E-step and of prior samples through torch.compile (compiled).
     """
@@ -75,6 +82,8 @@ class Plan(NamedTuple):
     device: str = "cpu"
     stop: bool = False
     compile: bool = False
+    level: float | None = None
+    init_prior: str | None = None
 
 
 class Listener(Protocol):
@@ -110,12 +119,14 @@ def run_fit(
     Returns:
         The prior of the last round, or of the best where plan.stop.
     """
-    standard = held(scale.view(data))
+    given = data
     for k in range(run.finished() + 1, plan.iters + 1):
         if plan.stop and k > 1 and should_stop(run.history()):
             break
         clock = time.perf_counter()
         run.begin(k)
+        data = with_current_noise(k, given, plan, run)
+        standard = held(scale.view(data))
         x, prior, metrics = start_round(standard, scale, plan, run, listener) if k == 0 else em_round(k, standard, scale, plan, run, listener)
         save_prior(run.round_path(k) / "prior.safetensors", prior)
         samples = fill(run.new_array(k, "samples", x.shape), x, scale.restore).commit()
@@ -133,11 +144,24 @@ def run_fit(
     return load_prior(latest_prior(run.path), plan.device)
 
 
+def with_current_noise(k: int, data: Data, plan: Plan, run: Run) -> Data:
+    """The observations with the noise that round k takes for theirs: an unknown level, or counts, as estimated by round k - 1."""
+    if plan.level is not None:
+        return with_level(data, run.metrics(k - 1)["noise_std"] if k else plan.level)
+    if depends_on_signal(data):
+        return with_counts(data, run.array(k - 1, "samples") if k else None)
+    return data
+
+
 def start_round(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Array, Prior, dict[str, Any]]:
     """First samples x (N, *S), the network they leave behind, and figures; data standardised."""
+    if plan.init_prior is not None:
+        return start_from_prior(data, scale, plan, run, listener)
+    if plan.start.kind == "mixture":
+        return start_from_mixture(data, scale, plan, run, listener)
     torch.manual_seed(stream_seed(plan.seed, "network"))
     denoiser = set_precision(build_network(data.shape, **plan.network), plan.device)
-    metrics: dict[str, Any] = {"start": plan.start.kind}
+    metrics: dict[str, Any] = {"start": plan.start.kind} | ({} if plan.level is None else {"noise_std": plan.level})
     if plan.start.kind == "self-supervised":
         trained = train_start(denoiser, data, plan, listener)
         denoiser = trained.denoiser
@@ -161,6 +185,35 @@ def start_round(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listen
     return x.commit(), Prior(denoiser, scale, data.shape, plan.walk.tau_last, plan.network), metrics
 
 
+def start_from_mixture(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Array, Prior, dict[str, Any]]:
+    """As `start_round`: a mixture fitted to the observations becomes the base of an untrained network; first samples are exact draws."""
+    torch.manual_seed(stream_seed(plan.seed, "network"))
+    found = fit_mixture(data, stream(plan.seed, "mixture"), listener.phase("start: mixtures of Gaussians", STAGES))
+    network = {**plan.network, "base": len(found.denoiser.weights)}
+    denoiser = build_network(data.shape, **network)
+    denoiser.base = found.denoiser
+    denoiser.to(plan.device)
+    draw, bar = stream(plan.seed, "first samples", device=plan.device), listener.phase("start: first samples", len(data))
+    draws = e_step(denoiser, data, None, plan.walk, draw, progress=bar, store=lambda name, shape: run.scratch(0, name, shape))
+    x = draws.sample.commit()
+    held_out = {str(j): value for j, value in found.held_out.items()}
+    metrics = {"start": "mixture", "components": found.components, "members": found.members, "components_held_out": held_out}
+    metrics["bound"] = 2 * max(float(x[part].abs().max()) for part in row_spans(x))
+    return x, Prior(denoiser, scale, data.shape, plan.walk.tau_last, network), metrics
+
+
+def start_from_prior(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Array, Prior, dict[str, Any]]:
+    """Samples x | obs (N, *S) under a prior trained elsewhere, that prior, and figures; data standardised with its scale."""
+    prior = load_prior(Path(plan.init_prior), plan.device)
+    standard, draws = prior._replace(scale=Scale(0.0, 1.0)), stream(plan.seed, "first samples", device=plan.device)
+    x, largest = run.scratch(0, "x", (len(data), *data.shape)), 0.0
+    for span in spans(len(data), math.prod(data.shape), len(data), BLOCK):
+        phase = lambda name, total, first=span.start: listener.phase(f"start: {name}" + (f" from {first}" if first else ""), total)
+        part = sample_posterior(standard, data.rows(span), plan.walk, 1, draws, phase).x[:, 0]
+        x[span], largest = part, max(largest, float(part.abs().max()))
+    return x.commit(), prior._replace(scale=scale, tau_last=plan.walk.tau_last), {"start": "prior", "bound": 2 * largest}
+
+
 def train_start(denoiser: MDAE, data: Data, plan: Plan, listener: Listener) -> Trained:
     """Train a denoiser on recorrupted observations, a tenth of them held out, at most HELD_OUT."""
 
@@ -180,30 +233,40 @@ def em_round(k: int, data: Data, scale: Scale, plan: Plan, run: Run, listener: L
     prior = load_prior(run.round_path(k - 1) / "prior.safetensors", plan.device)
     clock, store = time.perf_counter(), lambda name, shape: run.scratch(k, name, shape)
     walk, relax = plan.walk, k > 1 and over_relaxes(k, plan, run.metrics(k - 1)["sample_std"], scale)
-    if k == 1:
+    based = getattr(prior.denoiser, "base", None) is not None
+    if k == 1 and not based:
         x = run.array(0, "samples").map(scale.standardise)
-        draws = Draws(x, x, 0.0)
+        draws, level = Draws(x, x, 0.0), None if plan.level is None else run.metrics(0)["noise_std"]
     else:
         bar = listener.phase(f"round {k}: E-step", len(data))
         walk = walk._replace(tau_last=walk.tau_relax) if relax else walk
-        chains, bound = run.array(k - 1, "chains"), run.metrics(0)["bound"]
-        if walk.pool:
+        chains, bound = run.array(k - 1, "chains") if k > 1 else None, run.metrics(0)["bound"]
+        if walk.pool and not (based and not prior.denoiser.departs()):
             chains = restart(prior, data, chains, walk.pool, walk.tau_first, stream(plan.seed, "pool", k, device=plan.device), store)
         draw = stream(plan.seed, "e-step", k, device=plan.device)
         walker = for_sampling(prior, plan.device, plan.compile).denoiser
         draws = e_step(walker, data, chains, walk, draw, bound, bar, plan.walk.tau_last, store)
         draws = draws._replace(**{name: getattr(draws, name).commit() for name in ("y", "x", "sample") if getattr(draws, name) is not None})
+        if plan.level is not None:
+            complete = (draws.y, draws.tau) if draws.sample is None else (draws.sample, 0.0)
+            level = scale.std * updated_level(data, *complete, stream(plan.seed, "noise", k))
         draws = over_relaxed(draws) if relax else draws
     extra, draw = math.sqrt(max(plan.walk.tau_last**2 - draws.tau**2, 0.0)), stream(plan.seed, "chains", k)
     fill(run.new_array(k, "chains", draws.y.shape), draws.y, lambda y: y + extra * torch.randn(y.shape, generator=draw)).close()
     seconds_e, clock = time.perf_counter() - clock, time.perf_counter()
     pairs = drawn(draws)
     maps = level_maps(data) if plan.walk.guidance == "fused" else None
-    loss = PairLoss(pairs, plan.walk.tau_last, maps)
+    if based:
+        pairs = shuffled(pairs, stream(plan.seed, "held out"))
+    loss = PairLoss(pairs, plan.walk.tau_last, maps, even=based)
     steps = plan.start_steps if k == 1 and (plan.start.kind == "gaussian" or maps is not None) else plan.steps
+    count = len(pairs.x) - (max(1, len(pairs.x) // 10) if based else 0)
     bar = listener.phase(f"round {k}: M-step", steps)
     seed = stream_seed(plan.seed, "m-step", k)
-    trained = train(prior.denoiser, loss, len(pairs.x), steps, plan.batch, plan.rate, seed, device=plan.device, progress=bar)
+    trained = train(prior.denoiser, loss, count, steps, plan.batch, plan.rate, seed, device=plan.device, progress=bar)
+    if based:
+        held_out, draw = torch.arange(count, len(pairs.x)), stream(plan.seed, "keep", k, device=plan.device)
+        trained.denoiser.keep = keep(trained.denoiser, loss.inputs, held_out, draw)
     metrics = {
         "over_relaxed": bool(relax),
         "loss": trained.loss,
@@ -211,10 +274,18 @@ def em_round(k: int, data: Data, scale: Scale, plan: Plan, run: Run, listener: L
         "kept": 0 if draws.kept is None else int(draws.kept.sum()),
         "solver_residual": draws.residual,
         "solver_iterations": draws.iterations,
+        **({"departure_kept": trained.denoiser.keep.tolist()} if based else {}),
         "seconds_e": seconds_e,
         "seconds_m": time.perf_counter() - clock,
+        **({} if plan.level is None else {"noise_std": level}),
     }
     return draws.x if draws.sample is None else draws.sample, prior._replace(denoiser=trained.denoiser), metrics
+
+
+def shuffled(draws: Draws, generator: torch.Generator) -> Draws:
+    """The pairs in an order that is the same in every round, so that those held out never train."""
+    order = torch.randperm(len(draws.x), generator=generator)
+    return draws._replace(x=chosen_rows(draws.x, order), y=chosen_rows(draws.y, order), sample=None)
 
 
 def over_relaxes(k: int, plan: Plan, sample_std: float, scale: Scale) -> bool:

@@ -111,12 +111,19 @@ def _dense_posteriors(prior: GaussianDenoiser, data: Observations) -> tuple[Tens
     eye = torch.eye(d, dtype=data.obs.dtype, device=data.obs.device)
     columns = [data.observer.forward(e.reshape(1, *shape).expand(count, *shape)).flatten(1) for e in eye]
     A = torch.stack(columns, dim=-1)
-    variance = data.observer.std().square().expand(data.obs.shape).flatten(1)
     AS = A @ prior.covariance()
-    gain = torch.linalg.solve(AS @ A.mT + torch.diag_embed(variance), AS).mT
+    gain = torch.linalg.solve(AS @ A.mT + _noise_covariance(data), AS).mT
     gap = data.obs.flatten(1) - A @ prior.mean.flatten()
     xhat = prior.mean.flatten() + torch.einsum("bdo,bo->bd", gain, gap)
     return xhat, count * prior.covariance() - torch.einsum("bdo,boe->de", gain, AS)
+
+
+def _noise_covariance(data: Observations) -> Tensor:
+    """cov_obs of each datum, (B, o, o), column by column where it is not diagonal."""
+    if data.observer.noise.diagonal:
+        return torch.diag_embed(data.observer.std().square().expand(data.obs.shape).flatten(1))
+    eye = torch.eye(data.obs[0].numel(), dtype=data.obs.dtype, device=data.obs.device)
+    return torch.stack([data.observer.cov(e.reshape(1, *data.obs.shape[1:]).expand(data.obs.shape)).flatten(1) for e in eye], dim=-1)
 
 
 def em_iteration(prior: GaussianDenoiser, data: Data, rank: int, generator: torch.Generator | None = None) -> GaussianDenoiser:
@@ -196,7 +203,7 @@ def identity_moments(data: Data) -> tuple[Tensor, Tensor] | None:
     for i in range(0, len(data), CHUNK):
         part = data.rows(slice(i, i + CHUNK))
         direct, std = part.observer.as_measurement(part.obs), part.observer.std()
-        if direct is None or std.numel() != 1 or not bool(direct[1].isfinite().all()):
+        if direct is None or std.numel() != 1 or part.observer.diagonal() is None or not bool(direct[1].isfinite().all()):
             return None
         moments.add(direct[0].flatten(1))
     mean, cov = moments.mean_and_covariance(part.obs)

@@ -14,6 +14,10 @@ others before any non-linearity could tell them apart (docs/method.md, Levels pe
 spread = 1 is the paper's choice, with 1-q = p/(1+p) and (1+p)^(-1/2) before F. A smaller spread, the std of an entry given its surroundings
 rather than its marginal std, passes less noise for F to cancel at coarse levels (docs/method.md, The start).
 
+With a base, for vectors: xhat = D0(ybar, tau) + keep(c) (1+p)^(-1/2) F(z, c), D0 the exact denoiser of a mixture of Gaussians that was fitted to
+the observations (mixture, components). F is 0 at first, so learning starts at that mixture and finds only the departure from it; keep, piecewise
+linear in c, is the share of F that data held out from its training confirm (shrink). A prior with keep = 0 is the mixture.
+
 ChannelMDAE: the network of the paper, which sees all M measurements of one fixed set of levels and has M outputs (eq. 18-20).
 
 Source: Multimeasurement Generative Models (Saremi & Srivastava 2022), Sec. 4.1.
@@ -24,8 +28,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from emdiff.denoise import Denoiser
+from emdiff.denoise import Denoiser, Moments
 from emdiff.measurement import align, effective, pool
+from emdiff.mixture import MixtureDenoiser
+
+KNOTS = 13
+"""Levels, evenly spaced in c, at which `keep` is known."""
+
+TOP = 6.5
+"""c of the last knot; -log of the finest level that a walk may have is 6.9, and `keep` is constant beyond the last knot."""
 
 
 class MDAE(Denoiser):
@@ -33,32 +44,96 @@ class MDAE(Denoiser):
 
     Args:
         backbone: F(z, c), z (B, *S), c broadcastable, as in `emdiff.nn`; data are standardised to mean 0 and variance 1.
-        spread: Std of an entry of x given the others, in units of its marginal std, in (0, 1].
+        spread: Std of an entry of x given the others, in units of its marginal std, in (0, 1]. Has no part where there is a base.
         bf16: Run the backbone in bfloat16 autocast; the estimator around it stays in the precision of its input.
+        base: The mixture whose departure is learned, or None.
+
+    Attributes:
+        keep: Share of F that is kept at each knot, in [0, 1], shape (KNOTS,); 0 at first.
 
     >>> from emdiff.nn import MLP
     >>> MDAE(MLP((3,))).xhat(torch.zeros(2, 4, 3), torch.ones(4)).shape
     torch.Size([2, 3])
     """
 
-    def __init__(self, backbone: nn.Module, bf16: bool = False, spread: float = 1.0) -> None:
+    def __init__(self, backbone: nn.Module, bf16: bool = False, spread: float = 1.0, base: MixtureDenoiser | None = None) -> None:
         super().__init__()
-        self.backbone, self.bf16, self.spread = backbone, bf16, spread
+        self.backbone, self.bf16, self.spread, self.base = backbone, bf16, spread, base
+        if base is not None:
+            self.register_buffer("keep", torch.zeros(KNOTS))
 
     def xhat(self, y: Tensor, sigma: Tensor) -> Tensor:
         """E[x | y], shape (B, *S); y (B, M, *S)."""
         ybar, p = pool(y, sigma)
+        if self.base is not None:
+            base = self.base.xhat(y, sigma)
+            return base + self.departure(ybar, p) if self.departs() else base
+        rest = (1 + self.spread**2 * p).reciprocal_()
+        scale = (rest * (self.spread**2 + (1 - self.spread**2) * rest)).sqrt_()
+        return torch.addcmul((1 - rest) * ybar, scale, self._backbone(ybar, p))
+
+    def departs(self) -> bool:
+        """Whether the prior differs from its base."""
+        return bool((self.keep > 0).any())
+
+    def departs_within(self) -> tuple[float, float]:
+        """The coarsest and the finest level between which the prior may differ from its base, where it does."""
+        some = (self.keep > 0).nonzero()[:, 0]
+        level = lambda knot: torch.expm1(torch.tensor(2 * knot * TOP / (KNOTS - 1))).rsqrt().item()  # noqa: E731
+        return level(max(int(some[0]) - 1, 0)), level(int(some[-1]) + 1) if some[-1] < KNOTS - 1 else 0.0
+
+    def departure(self, ybar: Tensor, p: Tensor) -> Tensor:
+        """What is added to the base's estimate, (B, *S), for ybar (B, *S) of precision p."""
+        return kept(self.keep, p) * self.untempered(ybar, p)
+
+    def untempered(self, ybar: Tensor, p: Tensor) -> Tensor:
+        """The departure as the network has it, all of it kept."""
+        return (1 + p).rsqrt() * self._backbone(ybar, p)
+
+    def _backbone(self, ybar: Tensor, p: Tensor) -> Tensor:
         z, c = wiener_share(p) * ybar, torch.log1p(p) / 2
         with torch.autocast(ybar.device.type, torch.bfloat16, enabled=self.bf16):
             out = self.backbone(z, c)
-        rest = (1 + self.spread**2 * p).reciprocal_()
-        scale = (rest * (self.spread**2 + (1 - self.spread**2) * rest)).sqrt_()
-        return torch.addcmul((1 - rest) * ybar, scale, out.to(ybar.dtype))
+        return out.to(ybar.dtype)
+
+    def moments(self, y: Tensor, sigma: Tensor) -> Moments:
+        """As in the base class; with a base, whose part is in closed form, only the departure is differentiated."""
+        if self.base is None:
+            return super().moments(y, sigma)
+        xhat, V = self.base.moments(y, sigma)
+        if not self.departs():
+            return Moments(xhat, V)
+        ybar, p = pool(y, sigma)
+        with torch.enable_grad():
+            leaf = ybar.detach().requires_grad_(True)
+            added = self.departure(leaf, p)
+        variance = torch.where(p > 0, 1 / p, 0.0)
+
+        def product(u: Tensor) -> Tensor:
+            (g,) = torch.autograd.grad(added, leaf, u.to(added.dtype), retain_graph=True)
+            return V(u) + variance * g
+
+        return Moments(xhat + added.detach(), product)
 
     def loss(self, target: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
-        """The mean over entries of (1 + 1/tau^2) (xhat - target)^2, shape (B,): of order 1 at the start for every level; arguments as in the base."""
-        p = pool(y, sigma).precision
-        return ((1 + p) * (self.xhat(y, sigma) - target).square()).flatten(1).mean(1)
+        """The mean over entries of (1 + 1/tau^2) (xhat - target)^2, shape (B,): of order 1 at the start for every level; arguments as in the base.
+
+        Where there is a base, xhat is here the base and all of the departure, whatever is kept of it."""
+        ybar, p = pool(y, sigma)
+        if self.base is None:
+            xhat = self.xhat(y, sigma)
+        else:
+            with torch.no_grad():
+                xhat = self.base.xhat(y, sigma)
+            xhat = xhat + self.untempered(ybar, p)
+        return ((1 + p) * (xhat - target).square()).flatten(1).mean(1)
+
+
+def kept(keep: Tensor, p: Tensor) -> Tensor:
+    """`keep` at precisions p of any shape, linear between knots."""
+    at = (torch.log1p(p) / 2 * ((KNOTS - 1) / TOP)).clamp(max=KNOTS - 1)
+    low = at.floor().clamp(max=KNOTS - 2).long()
+    return torch.lerp(keep[low], keep[low + 1], (at - low).to(keep.dtype))
 
 
 def wiener_share(p: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ class Meaning(NamedTuple):
 
 MEANINGS = {
     "chi2": Meaning("residual χ² of posterior samples", "1; below: samples follow the noise; above: they over-smooth", target=1.0),
+    "noise_std": Meaning("noise level, as estimated with --noise-std auto", "settled, within a few per cent"),
     "chi2_spread": Meaning("spread to expect of χ²", "χ² lies within 4 of these of 1"),
     "chi2_datum_std": Meaning("std over data of χ² per datum", "its expected value, in the next row"),
     "chi2_datum_std_expected": Meaning("its expected value"),

@@ -27,9 +27,8 @@ from emdiff.rows import Array, row_spans
 
 
 def standardised_residual(data: Observations, x: Tensor) -> Tensor:
-    """(obs - A x) / noise_std, 0 where nothing was observed, shape (N, *O); x (N, *S) in the units of the data. N(0, 1) at the true x."""
-    seen = data.observer.observed().expand(data.obs.shape)
-    return (data.obs - data.observer.forward(x)) / data.observer.std() * seen
+    """R^-1 (obs - A x) with R R^T = cov_obs, 0 where nothing was observed, shape (N, *O); x (N, *S) in the data's units. N(0, 1) at the true x."""
+    return data.observer.whiten(data.obs - data.observer.forward(x))
 
 
 def residual_chi2(data: Data, x: Array) -> Tensor:

@@ -32,37 +32,45 @@ def level_features(c: Tensor) -> Tensor:
     return torch.cat([torch.sqrt(-torch.expm1(-2 * c) + 1e-12), c / 3], dim=1)
 
 
+CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+LAYOUTS = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.contiguous_format}
+"""Memory formats by dimension."""
+
+
 class ResBlock(nn.Module):
     """h + W2 silu((1 + a(c)) W1 silu(h) + b(c)), with W2 = 0 at the start, so that a new block is the identity."""
 
-    def __init__(self, width: int, embed: int) -> None:
+    def __init__(self, width: int, embed: int, dims: int = 2) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.film = nn.Conv2d(embed, 2 * width, 1)
+        conv = CONVOLUTIONS[dims]
+        self.conv1 = conv(width, width, 3, padding=1)
+        self.conv2 = conv(width, width, 3, padding=1)
+        self.film = conv(embed, 2 * width, 1)
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
-        """h (B, width, H, W), e (B or 1, embed, H or 1, W or 1) -> (B, width, H, W)."""
+        """h (B, width, *space), e (B or 1, embed, *space or ones) -> (B, width, *space)."""
         a, b = self.film(e).chunk(2, dim=1)
         return h + self.conv2(F.silu(torch.addcmul(b, 1 + a, self.conv1(F.silu(h)))))
 
 
 class UNet(nn.Module):
-    """A small U-Net on pixel-unshuffled images of any size and number of channels.
+    """A small U-Net on series, images or volumes of any size and number of channels, with blocks of entries folded into channels.
 
     Args:
-        shape: Shape S of a datum: (H, W) or (C, H, W).
+        shape: Shape S of a datum: (H, W) or (C, H, W), and with dims 1 (L,) or (C, L), with dims 3 (D, H, W) or (C, D, H, W).
         widths: Channels at each resolution, the finest first; each further one halves height and width.
         patch: Side of the pixel blocks folded into channels at the input; 1 folds nothing.
         blocks: Residual blocks at each resolution, on the way down and on the way up.
         embed: Width of the embedding of the noise coordinate.
+        dims: Axes of space, 1 to 3.
         maps: Show the network c entry by entry, next to z; needed where levels differ between entries, since the embedding averages c over
             each block of pixels.
 
     Raises:
-        ValueError: if shape has not two or three axes.
+        ValueError: if shape has not dims axes, or one more.
 
     >>> net = UNet((1, 17, 23), widths=(8, 16))
     >>> net(torch.randn(2, 1, 17, 23), torch.ones(2, 1, 1, 1)).shape
@@ -77,33 +85,35 @@ class UNet(nn.Module):
         blocks: int = 1,
         embed: int = 16,
         maps: bool = False,
+        dims: int = 2,
     ) -> None:
         super().__init__()
-        if len(shape) not in (2, 3):
-            raise ValueError(f"a U-Net takes data of shape (H, W) or (C, H, W), not {tuple(shape)}; use the MLP")
-        self.shape, self.patch, self.maps = tuple(shape), patch, maps
-        channels = 1 if len(shape) == 2 else shape[0]
-        folded = channels * patch**2
-        self.embed = nn.Sequential(nn.Conv2d(2, embed, 1), nn.SiLU(), nn.Conv2d(embed, embed, 1), nn.SiLU())
-        self.stem = nn.Conv2d(folded + 2 * maps * patch**2, widths[0], 3, padding=1)
-        stage = lambda w: nn.ModuleList(ResBlock(w, embed) for _ in range(blocks))  # noqa: E731
+        if len(shape) not in (dims, dims + 1):
+            raise ValueError(f"a U-Net of {dims} dimensions takes data with {dims} or {dims + 1} axes, not {tuple(shape)}; use the MLP")
+        self.shape, self.patch, self.maps, self.dims = tuple(shape), patch, maps, dims
+        conv = CONVOLUTIONS[dims]
+        channels = 1 if len(shape) == dims else shape[0]
+        folded = channels * patch**dims
+        self.embed = nn.Sequential(conv(2, embed, 1), nn.SiLU(), conv(embed, embed, 1), nn.SiLU())
+        self.stem = conv(folded + 2 * maps * patch**dims, widths[0], 3, padding=1)
+        stage = lambda w: nn.ModuleList(ResBlock(w, embed, dims) for _ in range(blocks))  # noqa: E731
         self.down = nn.ModuleList(stage(w) for w in widths)
-        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:]))
+        self.shrink = nn.ModuleList(conv(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:]))
         self.up = nn.ModuleList(stage(w) for w in widths[-2::-1])
-        self.grow = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in zip(widths[-2::-1], widths[:0:-1]))
-        self.head = nn.Conv2d(widths[0], folded, 3, padding=1)
+        self.grow = nn.ModuleList(conv(b, a, 1) for a, b in zip(widths[-2::-1], widths[:0:-1]))
+        self.head = conv(widths[0], folded, 3, padding=1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=LAYOUTS[dims])
 
     def forward(self, z: Tensor, c: Tensor) -> Tensor:
         """z (B, *S), c (B or 1, *S or ones) -> (B, *S)."""
-        B, (H, W) = z.shape[0], self.shape[-2:]
-        pad = (0, -W % self.patch, 0, -H % self.patch)
-        h = _pad(z.reshape(B, -1, H, W), pad, "constant")
+        B, space = z.shape[0], self.shape[-self.dims :]
+        pad = tuple(side for length in reversed(space) for side in (0, -length % self.patch))
+        h = _pad(z.reshape(B, -1, *space), pad, "constant")
         if self.maps:
             h = torch.cat([h, _pad(self._level_map(c, B), pad, "replicate")], dim=1)
-        h = self.stem(F.pixel_unshuffle(h.contiguous(memory_format=torch.channels_last), self.patch))
+        h = self.stem(fold(h.contiguous(memory_format=LAYOUTS[self.dims]), self.patch))
         e = self._embedding(c, pad)
         skips, embeds = [], []
         for i, stage in enumerate(self.down):
@@ -115,21 +125,26 @@ class UNet(nn.Module):
             embeds.append(e)
         for i, stage in enumerate(self.up):
             skip = skips[-2 - i]
-            h = skip + F.interpolate(self.grow[i](h), size=skip.shape[-2:], mode="nearest")
+            h = skip + F.interpolate(self.grow[i](h), size=skip.shape[2:], mode="nearest")
             for block in stage:
                 h = block(h, embeds[-2 - i])
-        h = F.pixel_shuffle(self.head(F.silu(h)), self.patch)
-        return h[..., :H, :W].reshape(z.shape)
+        h = unfold(self.head(F.silu(h)), self.patch)
+        return h[(..., *(slice(length) for length in space))].reshape(z.shape)
+
+    def _mean_level(self, c: Tensor) -> Tensor:
+        """c with one channel and the axes of space: channels of one datum share the mean of their levels."""
+        c = c.reshape(c.shape[0], -1, *c.shape[-self.dims :])
+        return c if c.shape[1] == 1 else c.mean(1, keepdim=True)
 
     def _level_map(self, c: Tensor, batch: int) -> Tensor:
-        """The features of c at every pixel, shape (batch, 2, H, W); channels of one datum share the mean of their levels."""
-        return level_features(_shared(c)).expand(batch, -1, *self.shape[-2:])
+        """The features of c at every entry of space, shape (batch, 2, *space)."""
+        return level_features(self._mean_level(c)).expand(batch, -1, *self.shape[-self.dims :])
 
     def _embedding(self, c: Tensor, pad: tuple[int, ...]) -> Tensor:
-        """Embed c at the resolution of the stem: one vector where c is constant over the image, a map where it is not."""
-        c = _shared(c)
-        if c.shape[-2:] != (1, 1):
-            c = F.avg_pool2d(_pad(c.expand(-1, -1, *self.shape[-2:]), pad, "replicate"), self.patch)
+        """Embed c at the resolution of the stem: one vector where c is constant over the datum, a map where it is not."""
+        c = self._mean_level(c)
+        if c.shape[2:].numel() != 1:
+            c = POOLS[self.dims](_pad(c.expand(-1, -1, *self.shape[-self.dims :]), pad, "replicate"), self.patch)
         return self.embed(level_features(c))
 
 
@@ -138,15 +153,27 @@ def _pad(h: Tensor, pad: tuple[int, ...], mode: str) -> Tensor:
     return F.pad(h, pad, mode=mode) if any(pad) else h
 
 
-def _shared(c: Tensor) -> Tensor:
-    """One map of levels for all channels of a datum, their mean, shape (B or 1, 1, H or 1, W or 1)."""
-    c = c.reshape(c.shape[0], -1, c.shape[-2], c.shape[-1])
-    return c if c.shape[1] == 1 else c.mean(1, keepdim=True)
+def fold(h: Tensor, patch: int) -> Tensor:
+    """Blocks of patch entries along each axis of space become channels, (B, C, *space) -> (B, C patch^dims, *space / patch)."""
+    if h.ndim == 4:
+        return F.pixel_unshuffle(h, patch)
+    if h.ndim == 3:
+        return rearrange(h, "b c (l p) -> b (c p) l", p=patch)
+    return rearrange(h, "b c (d p) (h q) (w r) -> b (c p q r) d h w", p=patch, q=patch, r=patch)
+
+
+def unfold(h: Tensor, patch: int) -> Tensor:
+    """The inverse of `fold`."""
+    if h.ndim == 4:
+        return F.pixel_shuffle(h, patch)
+    if h.ndim == 3:
+        return rearrange(h, "b (c p) l -> b c (l p)", p=patch)
+    return rearrange(h, "b (c p q r) d h w -> b c (d p) (h q) (w r)", p=patch, q=patch, r=patch)
 
 
 def _halve(e: Tensor) -> Tensor:
-    """Average 2 x 2 blocks of a map of embeddings; a single vector is its own average."""
-    return e if e.shape[-2:] == (1, 1) else F.avg_pool2d(e, 2, ceil_mode=True)
+    """Average blocks of 2 per axis of a map of embeddings; a single vector is its own average."""
+    return e if e.shape[2:].numel() == 1 else POOLS[e.ndim - 2](e, 2, ceil_mode=True)
 
 
 class MLP(nn.Module):

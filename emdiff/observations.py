@@ -6,8 +6,10 @@ A file (.npz, .h5 with the same keys, or a folder of .npy files named by them) h
 |---|---|---|
 | `obs` | observations, float; NaN where nothing was observed | (N, *O) |
 | `observer` | name of the observer | a string |
-| `mask`, `matrix`, ... | the arrays of that observer | (N or 1, ...) |
+| `mask`, `matrix`, ... | the arrays of that observer, `0.mask` those of its first part | (N or 1, ...) |
+| `boundary`, `factor`, ... | its options | strings and numbers |
 | `noise_std` | standard deviation of the noise, in units of obs | (), (N,) or (N or 1, *O) |
+| `noise_cov`, `noise_factor`, `noise_spectrum`, `noise_gain` | other noise (observers.noises) | (N or 1, ...) |
 | `shape` | shape S of x | a few integers |
 | `x` | the truth, if known; only `open_truth` opens it | (N, *S) |
 
@@ -26,16 +28,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emdiff.archive import ARCHIVES, SIGNATURES, array_names, check_suffix, load_array, open_archive
+from emdiff.archive import ARCHIVES, SIGNATURES, array_names, check_suffix, declared, load_array, open_archive
 from emdiff.data import Data, Observations, Operators, View, batches
 from emdiff.errors import UsageError
+from emdiff.parameters import is_parameter, option
 from emdiff.rows import Rows, Tally, in_memory, row_spans
 from emdiff.stored import open_rows
 from emdiff.written import NewArchive
 from observers import REGISTRY, Observer
+from observers.find import find, find_installed
+from observers.noises import NOISE_KEYS
 
-OBS = ("obs", "y", "observations", "arr_0")
-DATA = ("train_images", "x", "images", "data", "arr_0")
+OBS = ("obs", "y", "observations", "y_train", "arr_0")
+DATA = ("train_images", "x", "images", "data", "x_train", "arr_0")
+TRUTH = ("x", "x_train")
 
 
 def open_observations(
@@ -49,7 +55,7 @@ def open_observations(
 
     Args:
         path: .npz, .h5 or .hdf5, or a folder of .npy files. The observations may also be called `y`, `observations` or `arr_0`, or be the only array.
-        observer: Name of the observer.
+        observer: Name of the observer, or module:Class, or path/file.py:Class.
         noise_std: Standard deviation of the noise, in units of obs (after division by 255, if there is one).
         shape: S, the shape of x; where neither says it, the observer infers it.
         uint8_range: Accept uint8 observations and divide them by 255.
@@ -64,13 +70,16 @@ def open_observations(
     with open_archive(path, ARCHIVES) as file:
         names = array_names(file)
         fields = {name: load_array(path, file, name) for name in names if name in ("observer", "shape")}
-        stored = {name: open_rows(path, file, name) for name in names if name in {"noise_std", *_array_names()}}
-        obs = _float(path, "obs", open_rows(path, file, _find(path, names, OBS)), uint8_range)
+        obs_name = _find(path, names, OBS)
+        kind = _observer(path, observer, fields)
+        obs = _float(path, "obs", open_rows(path, file, obs_name, kind.complex_obs), uint8_range)
         _check_size(path, obs.shape)
-        name = observer if observer is not None else _observer_name(path, fields)
-        arrays = {"noise_std": _noise(path, stored, noise_std)} | {key: rows for key, rows in stored.items() if key in _array_names()}
+        own = {_key(name, names): name for name in names if is_parameter(_key(name, names), kind)}
+        options = {key: option(load_array(path, file, name)) for key, name in own.items() if not _is_array(path, file, name)}
+        arrays = {key: open_rows(path, file, name, kind.complex_obs) for key, name in own.items() if key not in options}
+        arrays |= _noise(path, {name: open_rows(path, file, name) for name in names if name in NOISE_KEYS}, noise_std)
         try:
-            made = Operators(name, shape or _shape(path, fields), arrays, tuple(obs.shape))
+            made = Operators(kind, shape or _shape(path, fields), arrays, options, tuple(obs.shape))
             gaps = _scan(path, obs, made)
         except ValueError as error:
             raise UsageError(f"{path}: {error}; correct the file, or override it with --observer, --shape or --noise-std") from error
@@ -92,7 +101,8 @@ def open_truth(path: str | Path) -> Rows | None:
     """The truth x (N, *S), float32, of a file of observations, or None where it has none; uint8 is divided by 255."""
     path = Path(path)
     with open_archive(path, ARCHIVES) as file:
-        return _float(path, "x", open_rows(path, file, "x"), uint8_range=True) if "x" in array_names(file) else None
+        found = [name for name in TRUTH if name in array_names(file)]
+        return _float(path, "x", open_rows(path, file, found[0]), uint8_range=True) if found else None
 
 
 def read_truth(path: str | Path) -> Tensor | None:
@@ -157,7 +167,7 @@ def write_parts(path: Path, count: int, parts: Iterable[tuple[Observations, Tens
     with NewArchive(path) as new:
         done, arrays = 0, dict[str, Any]()
         for data, x in parts:
-            tensors = {"obs": data.obs, **data.observer.arrays(), "noise_std": data.observer.noise_std, **({} if x is None else {"x": x})}
+            tensors = {"obs": data.obs, **data.observer.arrays(), **data.observer.noise.tensors(), **({} if x is None else {"x": x})}
             for name, tensor in tensors.items():
                 if not done:
                     shared = tensor.ndim == 0 or tensor.shape[0] != len(data)
@@ -169,21 +179,31 @@ def write_parts(path: Path, count: int, parts: Iterable[tuple[Observations, Tens
             if not done:
                 new.put("shape", np.array(data.shape))
                 new.put("observer", data.observer.name)
+                for name, value in data.observer.options().items():
+                    new.put(name, value)
             done += len(data)
 
 
 def _stored(tensor: Tensor) -> np.ndarray:
-    """Masks as bytes, all else as float32."""
-    return (tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.float()).detach().cpu().numpy()
+    """Masks as bytes, integers as they are, all else as float32."""
+    kept = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.float() if tensor.is_floating_point() else tensor
+    return kept.detach().cpu().numpy()
 
 
-def _array_names() -> set[str]:
-    return {name for observer in REGISTRY.values() for name in observer.array_names}
+def _key(name: str, names: list[str]) -> str:
+    """The key of an array; data sets of deepinv call the arrays of their training data `y_train`, `x_train`, `mask_train` and so on."""
+    return name.removesuffix("_train") if "y_train" in names else name
+
+
+def _is_array(path: Path, file: Any, name: str) -> bool:
+    """Whether a parameter is an array of numbers, and not text or one number."""
+    shape, dtype = declared(path, file, name)
+    return bool(shape) and dtype.kind not in "OSU"
 
 
 def _find(path: Path, names: list[str], accepted: tuple[str, ...]) -> str:
     """The first accepted name that is there, else the only array that has no other meaning."""
-    others = [name for name in names if name not in {"x", "observer", "noise_std", "shape", *_array_names()}]
+    others = [name for name in names if name not in {*TRUTH, "observer", "shape", *NOISE_KEYS} and not is_parameter(name)]
     found = [name for name in accepted if name in names] or (others if len(others) == 1 else [])
     if not found:
         raise UsageError(f"{path}: cannot tell which array holds the data, it has {', '.join(names) or 'none'}; call it '{accepted[0]}'")
@@ -200,25 +220,31 @@ def _float(path: Path, name: str, rows: Rows, uint8_range: bool) -> Rows:
     return rows
 
 
-def _observer_name(path: Path, fields: Mapping[str, np.ndarray]) -> str:
-    if "observer" not in fields:
+def _observer(path: Path, wanted: str | None, fields: Mapping[str, np.ndarray]) -> type[Observer]:
+    """The class that was asked for, else the one that the file names; only the former may be code that is not installed."""
+    if wanted is None and "observer" not in fields:
         raise UsageError(f"{path}: does not say which observer made it; pass --observer, one of {', '.join(sorted(REGISTRY))}")
-    value = next(iter(fields["observer"].flatten().tolist()), "")
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    try:
+        return find_installed(str(option(fields["observer"]))) if wanted is None else find(wanted)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}; correct the file, or override it with --observer") from error
 
 
-def _noise(path: Path, stored: Mapping[str, Rows], override: float | None) -> Rows:
+def _noise(path: Path, stored: Mapping[str, Rows], override: float | None) -> dict[str, Rows]:
+    """The arrays of the noise; an override replaces them all. What noises other than a standard deviation need is checked by the noise itself."""
     remedy = "set it with --noise-std, a positive standard deviation in units of obs"
-    if override is None and "noise_std" not in stored:
+    if override is None and not stored:
         raise UsageError(f"{path}: has no noise_std; {remedy}")
-    noise_std = (stored["noise_std"] if override is None else in_memory(np.array(float(override)))).map(Tensor.float)
-    bad = Tally(noise_std.shape)
-    for part in row_spans(noise_std):
-        values = noise_std[part]
-        bad.add(~((values > 0) & values.isfinite()), part.start, values)
-    if bad.count:
-        raise UsageError(f"{path}: noise_std is {bad.value:g} in {bad}; {remedy}")
-    return noise_std
+    found = dict(stored) if override is None else {"noise_std": in_memory(np.array(float(override)))}
+    found = {name: rows.map(Tensor.float) for name, rows in found.items()}
+    if set(found) == {"noise_std"}:
+        bad = Tally(found["noise_std"].shape)
+        for part in row_spans(found["noise_std"]):
+            values = found["noise_std"][part]
+            bad.add(~((values > 0) & values.isfinite()), part.start, values)
+        if bad.count:
+            raise UsageError(f"{path}: noise_std is {bad.value:g} in {bad}; {remedy}")
+    return found
 
 
 def _shape(path: Path, fields: Mapping[str, np.ndarray]) -> tuple[int, ...]:

@@ -15,13 +15,14 @@ from emdiff.em import Walk, choose_guidance
 from emdiff.errors import UsageError
 from emdiff.fit import Plan, level_maps
 from emdiff.gaussian import DENSE
+from emdiff.noise import depends_on_signal
 from emdiff.pool import applies, noise
 from emdiff.posterior import default_batch, default_pool, default_tau_first
-from emdiff.prior import TAU_FIRST, choose_network
+from emdiff.prior import TAU_FIRST, Prior, check_any_level, choose_network, load_prior
 from emdiff.rows import evenly
 from emdiff.runs import FREE, fingerprint
 from emdiff.scale import Scale
-from emdiff.start import choose_start
+from emdiff.start import Choice, choose_start
 
 Config = dict[str, Any]
 
@@ -49,7 +50,7 @@ def make_plan(config: Config, data: Data, scale: Scale, device: str) -> tuple[Pl
     walk, train = config["walk"], config["train"]
     check_ranges(walk, train, config["relax"])
     try:
-        start = choose_start(data, config["start"])
+        start = Choice("prior", f"{config['init_prior']}, trained elsewhere") if config.get("init_prior") else choose_start(data, config["start"])
         guidance, reason = choose_guidance(data, config["guidance"])
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -65,23 +66,48 @@ def make_plan(config: Config, data: Data, scale: Scale, device: str) -> tuple[Pl
         raise UsageError(f"--walk.tau-first has to be finite with guidance {guidance}; {TAU_FIRST:g} starts every walk anew")
     batch = walk["batch"] or default_batch(device)
     chosen = Walk(**{**walk, "guidance": guidance, "tau_first": tau_first, "tau_last": tau_last, "batch": batch, "pool": pool})
-    relax = config["relax"] if config["relax"] is not None else default_relax(relative, walk["tau_relax"])
+    relax = config["relax"] if config["relax"] is not None else 0 if start.kind == "mixture" else default_relax(relative, walk["tau_relax"])
     if relax and not tau_first > walk["tau_relax"]:
         raise UsageError(f"--walk.tau-relax {walk['tau_relax']:g} is not below --walk.tau-first {tau_first:g}; lower it, or give --relax 0")
     network = choose_network(data.shape, guidance == "fused" and level_maps(data) is not None)
+    if config.get("init_prior"):
+        network = read_init_prior(Path(config["init_prior"]), data, tau_last).network
     steps = train["steps"] or default_steps(len(data), device, network["kind"])
     plan = Plan(
         config["iters"], start, chosen, network, train["start_steps"], steps, train["batch"], train["rate"], relax,
-        seed=config["seed"], device=device, stop=config["stop"] == "auto", compile=config["compile"],
+        seed=config["seed"], device=device, stop=config["stop"] == "auto", level=noise_range(data)[0] if config["noise_std"] == "auto" else None,
+        compile=config["compile"], init_prior=config.get("init_prior"),
     )  # fmt: skip
     return plan, {"start": start.reason, "guidance": reason}
+
+
+def read_init_prior(path: Path, data: Data, tau_last: float = math.inf) -> Prior:
+    """The prior that EM starts from.
+
+    Raises:
+        UsageError: if it cannot be read, is of data of another shape, takes one set of levels only, or was not trained down to tau_last.
+    """
+    prior = check_any_level(load_prior(path), path)
+    if prior.shape != data.shape:
+        raise UsageError(
+            f"--init-prior {path}: it is of data of shape {prior.shape}, the observations of {data.shape}; give --shape or another prior"
+        )
+    if prior.tau_last > tau_last * 1.001:
+        raise UsageError(
+            f"--init-prior {path}: trained down to level {prior.tau_last:.3g}, while the walk ends at {tau_last:.3g}, in units of the data's std; "
+            f"give --walk.tau-last {prior.tau_last:.3g} or more"
+        )
+    return prior
 
 
 def relative_noise(data: Data, scale: Scale, guidance: str) -> float:
     """Median noise, over at most 1024 evenly spaced data, in units of the data's std; where an observer of vectors mixes entries, over the norm of
     its rows."""
     some = data.rows(evenly(len(data), 1024))
-    std = noise(some) if guidance != "fused" and applies(data) else some.observer.noise_std
+    direct = scale.observations(some).observer.as_measurement(some.obs) if scale.channels else None
+    if direct is not None:
+        return float(direct[1][direct[1].isfinite()].median())
+    std = noise(some) if guidance != "fused" and applies(data) else some.observer.std()
     return float(std.median()) / scale.std
 
 
@@ -89,9 +115,9 @@ def noise_range(data: Data) -> tuple[float, float]:
     """Least and largest standard deviation of the noise."""
     low, high = math.inf, 0.0
     for _, part in batches(data):
-        std = part.observer.noise_std
+        std = part.observer.std()
         low, high = min(low, float(std.min())), max(high, float(std.max()))
-        if std.ndim == 0 or std.shape[0] < len(part):
+        if std.shape[0] < len(part):
             break
     return low, high
 
@@ -143,6 +169,8 @@ def resolved_config(config: Config, plan: Plan) -> Config:
     walk["tau_first"] = None if math.isinf(plan.walk.tau_first) else plan.walk.tau_first
     train = {"steps": plan.steps, "start_steps": plan.start_steps, "batch": plan.batch, "rate": plan.rate}
     chosen = {"start": plan.start.kind, "guidance": plan.walk.guidance, "relax": plan.relax, "device": plan.device}
+    if plan.init_prior is not None:
+        chosen["start"] = config["start"]
     return {**config, **chosen, "walk": walk, "train": train}
 
 
@@ -160,7 +188,14 @@ def print_plan(data: Data, scale: Scale, plan: Plan, reasons: dict[str, str], ou
     walk = plan.walk
     first = "no measurement" if math.isinf(walk.tau_first) else f"{walk.tau_first * scale.std:.3g}"
     print(f"observations  {len(data)} of shape {data.shape} through {observer_name(data)}, noise_std {noise}")
-    print(f"data          mean {scale.mean:.4g}, std {scale.std:.4g}, estimated from the observations")
+    if plan.level is not None:
+        print("noise         its level is estimated from the observations, and by EM in every iteration")
+    elif depends_on_signal(data):
+        print("noise         counts: its variance is taken from the last samples in every iteration")
+    source = "of the prior it starts from" if plan.init_prior else "estimated from the observations"
+    print(f"data          mean {scale.mean:.4g}, std {scale.std:.4g}, {source}")
+    if scale.channels:
+        print("channels      " + ", ".join(f"mean {mean:.4g}, std {std:.4g}" for mean, std in scale.channels))
     print(f"start         {plan.start.kind}: {reasons['start']}")
     print(f"guidance      {walk.guidance}: {reasons['guidance']}")
     print(

@@ -95,10 +95,9 @@ def distances(pool: Tensor, data: Observations) -> Tensor:
     """|obs_i - A_i x_j|^2_{cov_obs_i^-1} over what was observed, for x_j (J, *S) of the pool, shape (N, J)."""
     count, d = len(data), math.prod(data.shape)
     eye = torch.eye(d, dtype=data.obs.dtype, device=pool.device)
-    columns = [data.observer.forward(e.reshape(1, *data.shape).expand(count, *data.shape)).flatten(1) for e in eye]
-    seen = data.observer.observed().expand(data.obs.shape).flatten(1)
-    weight = seen / data.observer.std().expand(data.obs.shape).flatten(1)
-    A, obs = torch.stack(columns, dim=-1) * weight[..., None], data.obs.flatten(1) * weight
+    white = lambda r: data.observer.whiten(r).flatten(1)
+    A = torch.stack([white(data.observer.forward(e.reshape(1, *data.shape).expand(count, *data.shape))) for e in eye], dim=-1)
+    obs = white(data.obs)
     total = torch.zeros(count, len(pool), dtype=data.obs.dtype, device=pool.device)
     for row in range(obs.shape[1]):
         total += (obs[:, row, None] - A[:, row] @ pool.flatten(1).T).square()

@@ -14,8 +14,10 @@ from torch import Tensor
 from emdiff.data import Data, Observations
 from emdiff.em import Walk, choose_guidance, e_step
 from emdiff.errors import UsageError
+from emdiff.noise import depends_on_signal, with_counts
 from emdiff.pool import applies, restart
 from emdiff.prior import TAU_FIRST, Prior
+from emdiff.runs import latest_prior, round_metrics, round_of
 
 BURN_IN = 5
 """Passes of persistent chains that start at the mean, before the first sample is taken."""
@@ -77,6 +79,22 @@ def check_shape(prior: Prior, data: Data, run: Path) -> None:
     """
     if data.shape != prior.shape:
         raise UsageError(f"the observations are of data of shape {data.shape}, the prior of {run} is for {prior.shape}; give --shape or another run")
+
+
+def run_level(run: Path) -> float | None:
+    """The noise level that a run has estimated, in the user's units, where it was asked to; else None."""
+    config = run / "config.yaml"
+    if not config.is_file() or yaml.safe_load(config.read_text()).get("noise_std") != "auto":
+        return None
+    return round_metrics(run)[round_of(latest_prior(run))]["noise_std"]
+
+
+def settled(prior: Prior, data: Observations, walk: Walk, generator: torch.Generator) -> Observations:
+    """Observations whose noise depends on the signal with the variance that one posterior sample each tells; others as they are."""
+    if not depends_on_signal(data):
+        return data
+    first = with_counts(data, None).rows(slice(None))
+    return with_counts(data, sample_posterior(prior, first, walk, 1, generator).x[:, 0]).rows(slice(None))
 
 
 def sample_posterior(

@@ -19,10 +19,15 @@ from torch import Tensor, nn
 
 import emdiff
 from emdiff.accumulate import accumulate, levels
+from emdiff.basewalk import descend, free
+from emdiff.denoise import Denoiser
 from emdiff.errors import UsageError
 from emdiff.files import write_atomically
-from emdiff.mdae import MDAE
+from emdiff.mdae import MDAE, ChannelMDAE
+from emdiff.mixture import MixtureDenoiser
+from emdiff.models import KINDS, build_model, fixed_levels
 from emdiff.nn import MLP, UNet
+from emdiff.paper_nets import U2Net
 from emdiff.scale import Scale
 
 NETWORKS: dict[str, type[nn.Module]] = {"unet": UNet, "mlp": MLP}
@@ -42,7 +47,7 @@ class Prior(NamedTuple):
         network: What `build_network` made its backbone from.
     """
 
-    denoiser: MDAE
+    denoiser: Denoiser
     scale: Scale
     shape: tuple[int, ...]
     tau_last: float
@@ -50,41 +55,56 @@ class Prior(NamedTuple):
 
 
 def choose_network(shape: tuple[int, ...], maps: bool = False) -> dict[str, Any]:
-    """A network for data of this shape: a U-Net for images of at least 8 x 8 with at most 16 channels, else an MLP.
+    """A network for data of this shape: a U-Net for images of at least 8 x 8, volumes of at least 8 x 8 x 8 and series of at least 64 entries, with
+    at most 16 channels (series: fewer than 8), else an MLP. A volume has four axes, the first its channels; a vector has no order and gets an MLP.
 
     Args:
         shape: S.
         maps: Whether noise levels differ between the entries of a datum.
 
     Returns:
-        Arguments for `build_network`; about 0.6 million parameters for a U-Net.
+        Arguments for `build_network`; about 0.6 million parameters for a U-Net of images.
     """
-    side = min(shape[-2:]) if len(shape) in (2, 3) else 0
-    if side < 8 or (len(shape) == 3 and shape[0] > 16):
+    series = len(shape) == 2 and shape[0] < 8 and shape[1] >= 64
+    dims = 1 if series else len(shape) - 1 if len(shape) > 2 else 2
+    side = min(shape[-dims:]) if len(shape) in (2, 3, 4) else 0
+    if side < 8 or (len(shape) > 2 and shape[0] > 16):
         return {"kind": "mlp", "width": 128, "blocks": 3}
-    return {"kind": "unet", "widths": [32, 64, 128] + [128] * (side >= 64), "patch": 2 if side >= 16 else 1, "maps": maps}
+    widths = ([16, 32, 64] if dims == 3 else [32, 64, 128]) + [128] * (side >= 64)
+    return {"kind": "unet", "widths": widths, "patch": 2 if side >= 16 else 1, "maps": maps} | ({} if dims == 2 else {"dims": dims})
 
 
-def build_network(shape: tuple[int, ...], kind: str, **options: Any) -> MDAE:
-    """An untrained pooled MDAE; bfloat16 is decided by `set_precision`.
+def build_network(shape: tuple[int, ...], kind: str, base: int = 0, **options: Any) -> Denoiser:
+    """An untrained pooled MDAE, or a parametrisation of `models`; bfloat16 is decided by `set_precision`.
 
     Args:
         shape: S.
-        kind: "unet" or "mlp".
-        options: Arguments of `nn.UNet` or `nn.MLP`.
+        kind: "unet" or "mlp", or one of `models.KINDS`.
+        base: Components of the base mixture of a pooled MDAE, to be filled by `with_base` or from a file; 0 for none.
+        options: Arguments of `nn.UNet` or `nn.MLP`, or of `models.build_model`.
 
     Raises:
         ValueError: for another kind.
     """
+    if kind in KINDS:
+        return build_model(shape, kind, **options)
     if kind not in NETWORKS:
-        raise ValueError(f"unknown network {kind!r}; choose from {', '.join(NETWORKS)}")
+        raise ValueError(f"unknown network {kind!r}; choose from {', '.join([*NETWORKS, *KINDS])}")
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-    return MDAE(NETWORKS[kind](shape, **options), spread=0.2 if kind == "unet" else 1.0)
+    d = math.prod(shape)
+    blank = MixtureDenoiser(torch.full((base,), 1 / base), torch.zeros(base, d), torch.eye(d).expand(base, d, d)) if base else None
+    return MDAE(NETWORKS[kind](shape, **options), spread=0.2 if kind == "unet" else 1.0, base=blank)
 
 
-def set_precision(denoiser: MDAE, device: str) -> MDAE:
-    """Run a convolutional backbone in bfloat16 where the hardware computes in it; returns the denoiser."""
-    conv = isinstance(denoiser.backbone, UNet)
+def set_precision(denoiser: Denoiser, device: str) -> Denoiser:
+    """Run the convolutional backbone of an MDAE in bfloat16 where the hardware computes in it; returns the denoiser.
+
+    Energies stay in float32: their score is a difference of large terms. So do volumes: the backward pass of torch 2.15's three-dimensional
+    convolutions in bfloat16 on a CPU was seen to give NaN.
+    """
+    if not isinstance(denoiser, (MDAE, ChannelMDAE)):
+        return denoiser
+    conv = isinstance(denoiser.backbone, (UNet, U2Net)) and getattr(denoiser.backbone, "dims", 2) < 3
     cpu = device == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     denoiser.bf16 = bool(conv and (cpu or (device == "cuda" and torch.cuda.is_bf16_supported())))
     return denoiser
@@ -117,11 +137,26 @@ def load_prior(path: Path, device: str = "cpu") -> Prior:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         denoiser = build_network(tuple(about["shape"]), **about["network"])
         denoiser.load_state_dict(weights)
-        scale = Scale(*map(float, about["scale"]))
+        scale = Scale.of(about["scale"])
         prior = Prior(denoiser, scale, tuple(about["shape"]), float(about["tau_last"]), about["network"])
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UsageError(f"{path}: not a prior that emdiff {emdiff.__version__} can read ({str(error).splitlines()[0]})") from error
     set_precision(denoiser, device).to(device).eval().requires_grad_(False)
+    return prior
+
+
+def check_any_level(prior: Prior, path: Path) -> Prior:
+    """The prior, if it takes measurements of any levels, as every posterior walk needs.
+
+    Raises:
+        UsageError: for a prior of one set of levels.
+    """
+    levels = fixed_levels(prior.denoiser)
+    if levels is not None:
+        raise UsageError(
+            f"{path}: this prior was trained for one set of levels, M = {len(levels)}, which `emdiff sample` walks; "
+            "for posteriors train one without --model.sigma"
+        )
     return prior
 
 
@@ -135,7 +170,7 @@ def sample_prior(
     batch: int = 500,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
-    """Draw x ~ p(x).
+    """Draw x ~ p(x). Where the prior has a base and does not depart from it, draws are exact.
 
     Args:
         prior: The prior, on the generator's device.
@@ -153,6 +188,11 @@ def sample_prior(
     taus = levels(TAU_FIRST, prior.tau_last, count_levels)
     for i in range(0, count, batch):
         shape = (min(batch, count - i), *prior.shape)
+        if isinstance(prior.denoiser, MDAE) and prior.denoiser.base is not None:
+            end = descend(prior.denoiser.base, free(prior.denoiser), shape, taus, generator)
+            done.append(prior.scale.restore(end.x).cpu())
+            progress(i + shape[0])
+            continue
         y = math.sqrt(1 + TAU_FIRST**2) * torch.randn(shape, generator=generator, device=generator.device)
         done.append(prior.scale.restore(accumulate(prior.denoiser, y, taus[0], taus[1:], generator, steps=steps).xhat).cpu())
         progress(i + shape[0])

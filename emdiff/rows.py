@@ -1,8 +1,8 @@
 r"""Arrays of N rows that may live in a file: rows are read when they are asked for.
 
 `Rows` and torch tensors are used alike: both have a shape and a length, and are indexed by a slice or by indices (B,), int64, which gives a tensor
-(B, ...) with memory of its own. Stored float16, float64 and integers become float32 row by row; bytes stay bytes, so that a mask takes no more than
-on disk.
+(B, ...) with memory of its own. Stored float16 and float64 become float32 row by row, integers int64; bytes stay bytes, so that a mask takes no more
+than on disk.
 """
 
 from __future__ import annotations
@@ -120,17 +120,24 @@ def evenly(count: int, most: int) -> Tensor:
 
 
 def own(array: np.ndarray) -> Tensor:
-    """A tensor with memory of its own: bytes as they are, other numbers as float32."""
+    """A tensor with memory of its own: bytes as they are, other integers as int64, complex numbers as complex64, the rest as float32."""
     kept = array.dtype in (np.uint8, np.bool_)
+    wanted = array.dtype if kept else {"i": np.int64, "u": np.int64, "c": np.complex64}.get(array.dtype.kind, np.float32)
     shared = None if array.flags.owndata and array.flags.writeable else True
     with np.errstate(over="ignore"):
-        return torch.from_numpy(np.array(array, array.dtype if kept else np.float32, order="C", copy=shared))
+        return torch.from_numpy(np.array(array, wanted, order="C", copy=shared))
 
 
 def in_memory(array: np.ndarray) -> Rows:
     """Rows of an array, or a number, that is held in memory."""
     held = own(array)
     return Rows(array.shape, held.__getitem__ if held.ndim else lambda index: held, array.dtype)
+
+
+def real_pairs(rows: Rows) -> Rows:
+    """Complex rows (N, ..., H, W) as real ones, (N, ..., 2, H, W)."""
+    shape = (*rows.shape[:-2], 2, *rows.shape[-2:])
+    return Rows(shape, lambda index: torch.view_as_real(rows[index]).movedim(-1, -3), np.float32)
 
 
 def at_offset(path: Path, shape: tuple[int, ...], dtype: Any, offset: int = 0, order: Any = "C") -> Rows:

@@ -54,18 +54,19 @@ class Run:
     Args:
         path: The folder; made if it does not exist.
         config: The resolved configuration, plain values.
-        observations: The observations file.
+        observations: The observations file, or the fingerprint of what is learned from.
         needed: Bytes that the samples of all rounds will take.
+        free: Settings that may change when the run is continued.
 
     Raises:
         UsageError: if the folder holds something else, or a run with another configuration or other observations, or if its disk has
             too little space.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], observations: Path, needed: int = 0) -> None:
-        self.path = path
+    def __init__(self, path: Path, config: dict[str, Any], observations: Path | str, needed: int = 0, free: tuple[str, ...] = FREE) -> None:
+        self.path, self.free = path, free
         _check_space(path, needed)
-        print_ = fingerprint(observations)
+        print_ = observations if isinstance(observations, str) else fingerprint(observations)
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path}: --out is a file; give a folder")
         if (path / "config.yaml").is_file():
@@ -82,7 +83,7 @@ class Run:
 
     def _compare(self, config: dict[str, Any], print_: str) -> None:
         before = yaml.safe_load((self.path / "config.yaml").read_text())
-        changed = [k for k in config if k not in FREE and config[k] != before.get(k)]
+        changed = [k for k in config if k not in self.free and config[k] != before.get(k)]
         if changed:
             k = changed[0]
             raise UsageError(
@@ -164,7 +165,7 @@ def latest_prior(run: Path) -> Path:
         UsageError: if the folder is missing or has no finished round.
     """
     if not run.is_dir():
-        raise UsageError(f"{run}: there is no such run folder; give the one that `emdiff fit` named in its last line")
+        raise UsageError(f"{run}: there is no such run folder; give the one that `emdiff fit` or `emdiff train` named in its last line")
     done = [p.parent for p in sorted(run.glob("round_*/metrics.json")) if (p.parent / "prior.safetensors").is_file()]
     if not done:
         raise UsageError(f"{run}: this run has no finished round yet; run `emdiff fit` to its first round")
@@ -185,7 +186,7 @@ def round_metrics(run: Path) -> list[dict[str, Any]]:
         UsageError: if the folder is missing, has no finished round, or its figures cannot be read.
     """
     if not run.is_dir():
-        raise UsageError(f"{run}: there is no such run folder; give the one that `emdiff fit` named in its last line")
+        raise UsageError(f"{run}: there is no such run folder; give the one that `emdiff fit` or `emdiff train` named in its last line")
     rounds: list[dict[str, Any]] = []
     while (path := run / (f"round_{len(rounds):03d}" if rounds else "start") / "metrics.json").is_file():
         try:

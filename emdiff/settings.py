@@ -57,3 +57,65 @@ class TrainSettings:
     start_steps: int = 1200
     batch: int = 128
     rate: float = 2e-3
+
+
+@dataclass
+class ModelSettings:
+    """What `emdiff train` trains. Unset settings are chosen from the data.
+
+    Args:
+        parametrisation: mdae (multidenoising autoencoder), mem (MEM2, an energy), or muvb (an energy with latent variables).
+        sigma: Noise levels in the units of the data, for the paper's networks that see all measurements of one set of levels: one value for
+            `measurements` equal ones, or one value each. Unset: the network sees their mean, and all levels from tau_last up are trained.
+        measurements: M.
+        tau_last: Finest level to train where sigma is unset, in units of the data's std.
+        network: unet (small, conditioned on the level), u2net (Table 1), resnet (Table 3, for muvb), mlp. Unset: unet for images, mlp else, resnet
+            for muvb.
+        width: Width factor of u2net and resnet, 1 for the paper's; features of the mlp are 128 times it.
+        widths: Channels at each resolution of the unet. Unset: as `emdiff fit` chooses.
+        patch: Side of the pixel blocks that the unet folds into channels.
+        blocks: Residual blocks at each resolution of the unet.
+        latent: Latent variables of muvb.
+        metaencoder: Add the metaencoder h to mem or muvb.
+        spectral_norm: Normalise the weights of all layers spectrally.
+    """
+
+    parametrisation: Literal["mdae", "mem", "muvb"] = "mdae"
+    sigma: Optional[list[float]] = None
+    measurements: int = 1
+    tau_last: float = 0.05
+    network: Optional[Literal["unet", "u2net", "resnet", "mlp"]] = None
+    width: float = 1.0
+    widths: Optional[list[int]] = None
+    patch: Optional[int] = None
+    blocks: int = 1
+    latent: int = 64
+    metaencoder: bool = False
+    spectral_norm: bool = False
+
+
+@dataclass
+class ObjectiveSettings:
+    """How `emdiff train` trains.
+
+    Args:
+        objective: mean (eq. 14), softmax (the larger of the M losses count more) or mdsm (eq. 16); they differ only where sigma is set.
+        optimizer: adam or sgd.
+        rate: Learning rate.
+        momentum: Of sgd.
+        anneal: Let the rate fall linearly to 0 (the paper does not).
+        clip: Largest norm of the gradient.
+        batch: Data per step.
+        steps: Steps in all.
+        rounds: Parts of the training; after each the state is saved, figures and pictures are made, and an interrupted training goes on from there.
+    """
+
+    objective: Literal["mean", "softmax", "mdsm"] = "mean"
+    optimizer: Literal["adam", "sgd"] = "adam"
+    rate: float = 2e-3
+    momentum: float = 0.9
+    anneal: bool = True
+    clip: float = 1.0
+    batch: int = 128
+    steps: int = 4000
+    rounds: int = 10

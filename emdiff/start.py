@@ -12,6 +12,8 @@ First samples: xhat(z) + V^(1/2) xi, V = sigma_z^2 d xhat / d z, by Lanczos, whe
 no such form, and xhat(z) itself is taken: the first M-step then is over-relaxed (em), which the iterations after it mend, while deviations drawn
 from a Gaussian, whose white part tells unseen entries nothing of their neighbours, were seen to cost more than they give (docs/method.md).
 
+mixture, for vectors: exact samples of a mixture of Gaussians given obs, which then is the base that learning departs from (components).
+
 gaussian, for any observer: exact samples of N(mean, S) given obs (gaussian).
 """
 
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from emdiff.data import Data, Observations
 from emdiff.denoise import Denoiser
+from emdiff.gaussian import DENSE
 from emdiff.linalg import lanczos_sqrt
 
 LANCZOS = 8
@@ -35,7 +38,7 @@ class Choice(NamedTuple):
     """A start and why it was taken.
 
     Attributes:
-        kind: "gaussian" or "self-supervised".
+        kind: "mixture", "gaussian" or "self-supervised".
         reason: One clause for the user.
     """
 
@@ -64,20 +67,30 @@ def choose_start(data: Data, wanted: str = "auto") -> Choice:
 
     Args:
         data: The observations.
-        wanted: "auto", "gaussian" or "self-supervised".
+        wanted: "auto", "mixture", "gaussian" or "self-supervised".
 
     Returns:
         The choice, with its reason.
 
     Raises:
-        ValueError: if self-supervision is wanted where it has no objective.
+        ValueError: if self-supervision is wanted where it has no objective, or a mixture of data that are no short vectors.
     """
+    if wanted == "mixture" and not is_vector(data.shape):
+        raise ValueError(f"--start mixture is for vectors of at most {DENSE} entries, not for shape {data.shape}; use --start gaussian or auto")
+    if wanted == "auto" and is_vector(data.shape):
+        reason = f"vectors of at most {DENSE} entries: a mixture of Gaussians by maximum likelihood, from which the network departs"
+        return Choice("mixture", reason)
     possible, reason = _self_supervision(data)
     if wanted == "self-supervised" and not possible:
         raise ValueError(f"--start self-supervised has no objective here: {reason}; use --start gaussian or auto")
     if wanted != "auto":
         return Choice(wanted, "as asked")
     return Choice("self-supervised" if possible else "gaussian", reason)
+
+
+def is_vector(shape: tuple[int, ...]) -> bool:
+    """Whether data of shape S are vectors of few entries, not images."""
+    return math.prod(shape) <= DENSE and (len(shape) == 1 or min(shape[-2:]) < 8)
 
 
 def _self_supervision(data: Data) -> tuple[bool, str]:

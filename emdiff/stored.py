@@ -26,24 +26,31 @@ import numpy as np
 
 from emdiff.archive import Folder, declared, load_array, npy_header
 from emdiff.errors import UsageError
-from emdiff.rows import Rows, at_offset, in_memory, of_dataset, of_npy, small, spans
+from emdiff.rows import Rows, at_offset, in_memory, of_dataset, of_npy, real_pairs, small, spans
 from emdiff.written import NewArray
 
 LOCAL = struct.Struct("<4sHHHHHIIIHH")
 """A member's header inside a zip: PKWARE's APPNOTE.TXT, 4.3.7."""
 
 
-def open_rows(path: Path, file: Any, name: str) -> Rows:
+def open_rows(path: Path, file: Any, name: str, pairs: bool = False) -> Rows:
     """The rows of an array of an archive; nothing is allocated that is not there.
 
     Args:
         path: The archive.
         file: What `archive.open_archive` gave for it; what is returned outlives it.
         name: The array.
+        pairs: Accept complex numbers, as pairs of real channels in the third axis from the end.
     """
     shape, dtype = declared(path, file, name)
-    if dtype.kind not in "fiub":
+    if dtype.kind not in ("fiubc" if pairs else "fiub"):
         raise UsageError(f"{path}: {name} holds {dtype}, expected real numbers; store it as float32")
+    rows = _rows(path, file, name, shape, dtype)
+    return real_pairs(rows) if dtype.kind == "c" else rows
+
+
+def _rows(path: Path, file: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Rows:
+    """The rows of an array of known shape and type."""
     if isinstance(file, Folder):
         return of_npy(file.paths[name])
     if not shape or small(math.prod(shape) * dtype.itemsize):

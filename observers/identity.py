@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from observers.base import Observer
@@ -28,10 +29,10 @@ class Identity(Observer):
         """At w = w, (B, *S)."""
         return w
 
-    def as_measurement(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """z = obs (B, *S) and sigma = noise_std (N or 1, *S)."""
-        return obs, self.std().expand(-1, *self.shape)
+    def diagonal(self) -> Tensor:
+        """Ones."""
+        return torch.ones([1] * (1 + len(self.shape)), device=self._device())
 
     def without(self, missing: Tensor) -> Observer:
         """A mask that hides the missing entries, bool (N, *S)."""
-        return Mask(self.shape, self.noise_std, ~missing)
+        return Mask(self.shape, self.noise, ~missing)

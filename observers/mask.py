@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from observers.base import Observer, expect
+from observers.noise import Noise
 
 
 class Mask(Observer):
@@ -15,9 +15,10 @@ class Mask(Observer):
 
     Args:
         shape: S, the shape of x.
-        noise_std: As in `Observer`; its value where mask is 0 has no effect.
+        noise: As in `Observer`; its value where mask is 0 has no effect.
         mask: 1 (seen) or 0 (hidden), shape (N or 1, *S); kept as bool.
 
+    >>> import torch
     >>> Mask((2,), torch.tensor(0.5), torch.tensor([[1, 0]])).as_measurement(torch.tensor([[3.0, 0.0]]))
     (tensor([[3., 0.]]), tensor([[0.5000,    inf]]))
     """
@@ -25,13 +26,13 @@ class Mask(Observer):
     name: ClassVar[str] = "mask"
     array_names: ClassVar[tuple[str, ...]] = ("mask",)
 
-    def __init__(self, shape: tuple[int, ...], noise_std: Tensor, mask: Tensor) -> None:
+    def __init__(self, shape: tuple[int, ...], noise: Noise | Tensor, mask: Tensor) -> None:
         expect("mask", mask, tuple(shape))
         other = mask[(mask != 0) & (mask != 1)]
         if other.numel():
             raise ValueError(f"mask holds {other[0].item():g}, expected only 0 (hidden) and 1 (seen)")
         self.mask = mask.bool()
-        super().__init__(shape, noise_std)
+        super().__init__(shape, noise)
 
     def forward(self, x: Tensor) -> Tensor:
         """A x = mask * x, (B, *S)."""
@@ -45,10 +46,10 @@ class Mask(Observer):
         """The mask, bool (N or 1, *S)."""
         return self.mask
 
-    def as_measurement(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """z = obs where seen, else 0, (B, *S), and sigma = noise_std where seen, else infinite, (N or 1, *S)."""
-        return torch.where(self.mask, obs, 0.0), torch.where(self.mask, self.std(), torch.inf)
+    def diagonal(self) -> Tensor:
+        """The mask, bool (N or 1, *S)."""
+        return self.mask
 
     def without(self, missing: Tensor) -> Observer:
         """A mask that also hides the missing entries, bool (N, *S)."""
-        return Mask(self.shape, self.noise_std, self.mask & ~missing)
+        return Mask(self.shape, self.noise, self.mask & ~missing)

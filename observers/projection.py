@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from observers.base import Observer, expect
+from observers.noise import Noise
 
 
 class Projection(Observer):
@@ -16,7 +17,7 @@ class Projection(Observer):
 
     Args:
         shape: S, the shape of x; d is the product of S.
-        noise_std: As in `Observer`.
+        noise: As in `Observer`.
         matrix: P, dense rows, shape (N or 1, m, d); a row of zeros is not observed. Integers become float32.
 
     >>> Projection((2,), torch.tensor(0.5), torch.tensor([[[0.6, 0.8]]])).forward(torch.tensor([[1.0, 2.0]]))
@@ -26,12 +27,12 @@ class Projection(Observer):
     name: ClassVar[str] = "projection"
     array_names: ClassVar[tuple[str, ...]] = ("matrix",)
 
-    def __init__(self, shape: tuple[int, ...], noise_std: Tensor, matrix: Tensor) -> None:
+    def __init__(self, shape: tuple[int, ...], noise: Noise | Tensor, matrix: Tensor) -> None:
         expect("matrix", matrix, (None, math.prod(shape)))
         if not matrix.isfinite().all():
             raise ValueError("matrix holds NaN or infinite entries, expected finite ones; for a row that is not observed use zeros")
         self.matrix = matrix if matrix.is_floating_point() else matrix.float()
-        super().__init__(shape, noise_std)
+        super().__init__(shape, noise)
 
     @property
     def obs_shape(self) -> tuple[int, ...]:
@@ -52,7 +53,7 @@ class Projection(Observer):
 
     def without(self, missing: Tensor) -> Observer:
         """One matrix per datum, (N, m, d), with the rows of the missing entries, bool (N, m), set to zero."""
-        return Projection(self.shape, self.noise_std, torch.where(missing[..., None], 0.0, self.matrix))
+        return Projection(self.shape, self.noise, torch.where(missing[..., None], 0.0, self.matrix))
 
     @classmethod
     def infer_shape(cls, obs_shape: tuple[int, ...], arrays: dict[str, Tensor]) -> tuple[int, ...]:

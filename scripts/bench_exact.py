@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--truths", nargs="+", choices=exact_mixtures.TRUTHS, default=list(exact_mixtures.TRUTHS), help="of the mixtures part")
     parser.add_argument("--components", type=int, nargs="+", default=list(exact_mixtures.COMPONENTS), help="that XD may choose from")
     parser.add_argument("--count", type=int, default=65_536, help="observations of the manifold")
-    parser.add_argument("--iters", type=int, default=12, help="EM iterations of the manifold")
+    parser.add_argument("--iters", type=int, default=2, help="EM iterations of the manifold")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench_exact"))
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     args = parser.parse_args()

@@ -18,11 +18,11 @@ from exact_tools import row
 from timed_command import command
 from torch import Tensor
 
-from emdiff.gaussian import fit_gaussian
+from emdiff.mixture import MixtureDenoiser
 from emdiff.observations import Observations, write_observations
 from emdiff.prior import load_prior, sample_prior
 from emdiff.runs import latest_prior
-from emdiff.scale import estimate_scale
+from emdiff.scale import Scale
 from emdiff.streams import stream
 from observers import Mask
 
@@ -40,6 +40,15 @@ def moments(x: Tensor) -> Moments:
     """Mean and covariance of samples (n, d)."""
     x = x.double()
     return Moments(x.mean(0), (x - x.mean(0)).T @ (x - x.mean(0)) / len(x))
+
+
+def total(mixture: MixtureDenoiser, scale: Scale) -> Moments:
+    """Mean and covariance of a mixture in the user's units, in closed form."""
+    model = mixture.model()
+    mean = model.weights @ model.means
+    far = model.means - mean
+    cov = torch.einsum("j,jde->de", model.weights, model.covs + far[:, :, None] * far[:, None])
+    return Moments(scale.restore(mean), scale.std**2 * cov)
 
 
 def operators(data: Observations) -> tuple[Tensor, Tensor]:
@@ -103,20 +112,18 @@ def compare(data: Observations, models: dict[str, Moments], truth: Moments) -> d
 
 
 def fit(folder: Path, seed: int, quick: bool) -> dict[str, Any]:
-    """The command on one data set: the moments of its prior samples and of its last posterior samples against the MLE's."""
-    count, iters = (1000, 1) if quick else (8192, 10)
+    """The command on one data set: the moments of its start, of its prior samples, and of the clean data against the MLE's."""
+    count, iters = (1000, 1) if quick else (8192, 2)
     data, x, truth = problem(count, seed)
     file, out = folder / f"gaussian-{count}-{seed}.npz", folder / f"gaussian-{count}-{seed}"
     write_observations(file, data, x)
     flags = ["--train.steps", "100", "--train.start_steps", "200"] if quick else []
     cost = command("fit", "--observations", str(file), "--out", str(out), "--iters", str(iters), "--seed", str(seed), "--wandb", "off", *flags)
-    prior = load_prior(latest_prior(out))
-    scale = estimate_scale(data, stream(seed, "scale"))
-    closed = fit_gaussian(scale.observations(data))
+    prior, start = load_prior(latest_prior(out)), load_prior(out / "start" / "prior.safetensors")
     mle = maximum_likelihood(Observations(data.obs.double(), data.observer.to("cpu", torch.float64)))
     models = {
         "mle": mle,
-        "fit_gaussian": Moments(scale.restore(closed.mean).double(), scale.std**2 * closed.covariance().double()),
+        "start": total(start.denoiser.base, start.scale),
         "prior": moments(sample_prior(prior, 2000 if quick else 20_000, stream(seed, "exact prior"))),
         "complete": moments(x),
     }

@@ -35,4 +35,3 @@ def sinkhorn_divergence(a: Tensor, b: Tensor, reg: float = 0.05, iterations: int
     """S = T(a, b) - T(a, a)/2 - T(b, b)/2, T as in `entropic`; squared, not rooted."""
     T = lambda a, b: entropic(a, b, reg, iterations)  # noqa: E731
     return T(a, b) - T(a, a) / 2 - T(b, b) / 2
-

@@ -12,8 +12,9 @@ from scipy.stats import chisquare, norm
 from torch import Tensor
 
 from emdiff import calibration as cal
-from emdiff.denoise import MixtureDenoiser, Moments
+from emdiff.denoise import Moments
 from emdiff.em import Walk, e_step
+from emdiff.mixture import MixtureDenoiser
 from emdiff.observations import Observations
 from observers import Projection
 

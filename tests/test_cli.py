@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from emdiff.cli import dashes, main
+from observers import REGISTRY
 
 SMALL = ["--train.steps", "20", "--train.start-steps", "30", "--walk.levels", "6", "--wandb", "off", "--device", "cpu"]
 COV = np.array([[1.0, 0.6, 0.0], [0.6, 1.0, 0.3], [0.0, 0.3, 0.5]])
@@ -75,9 +76,9 @@ def test_a_whole_session_on_images():
 def test_an_observer_that_mixes_entries_is_fitted_with_cg(observer, capsys):
     vectors("clean.npz")
     main(["observe", "--data", "clean.npz", "--observer", observer, "--noise-std", "0.1", "--out", "obs.h5"])
-    main(["fit", "--observations", "obs.h5", "--iters", "2", "--out", "run", *SMALL])
+    main(["fit", "--observations", "obs.h5", "--iters", "2", "--out", "run", "--start", "gaussian", *SMALL])
     out = capsys.readouterr().out
-    assert "gaussian: observer projection mixes" in out and "cg: observer projection mixes" in out
+    assert "gaussian: as asked" in out and "cg: observer projection mixes" in out
     metrics = json.loads(Path("run/round_002/metrics.json").read_text())
     assert metrics["solver_iterations"] > 0 and 0 <= metrics["solver_residual"] < 1
     main(["reconstruct", "--run", "run", "--observations", "obs.h5", "--samples", "2", "--out", "r.npz", "--device", "cpu"])
@@ -85,9 +86,10 @@ def test_an_observer_that_mixes_entries_is_fitted_with_cg(observer, capsys):
         assert file["samples"].shape == (200, 2, 3) and np.isfinite(file["samples"]).all()
 
 
-def test_continuing_equals_an_uninterrupted_run():
+@pytest.mark.parametrize("start", ["mixture", "self-supervised"])
+def test_continuing_equals_an_uninterrupted_run(start):
     vectors()
-    fit = ["fit", "--observations", "obs.npz", *SMALL]
+    fit = ["fit", "--observations", "obs.npz", "--start", start, *SMALL]
     main([*fit, "--iters", "3", "--out", "whole"])
     main([*fit, "--iters", "1", "--out", "parts"])
     Path("parts/round_002").mkdir()
@@ -126,7 +128,7 @@ def test_the_resolved_configuration_is_a_config_file(capsys):
     vectors()
     main(["fit", "--observations", "obs.npz", "--iters", "1", "--out", "run", *SMALL])
     config = yaml.safe_load(Path("run/config.yaml").read_text())
-    assert config["start"] == "self-supervised" and config["guidance"] == "fused" and config["train"]["steps"] == 20
+    assert config["start"] == "mixture" and config["guidance"] == "fused" and config["train"]["steps"] == 20
     main(["fit", "--config", "run/config.yaml", "--iters", "2"])
     assert "continued after round 1" in capsys.readouterr().out and Path("run/round_002/metrics.json").is_file()
 
@@ -150,11 +152,23 @@ def test_print_config_round_trips(capsys):
 @pytest.mark.parametrize("name", sorted(p.name for p in (Path(__file__).parent.parent / "configs").glob("*.yaml") if p.name != "sweep.yaml"))
 def test_shipped_configurations_are_valid(name, capsys):
     path = Path(__file__).parent.parent / "configs" / name
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", "--config", str(path), "--observations", "obs.npz", "--print_config"])
-    shown = yaml.safe_load(capsys.readouterr().out)
     wanted = yaml.safe_load(path.read_text())
-    assert stop.value.code == 0 and all(shown["walk"][key] == value for key, value in wanted["walk"].items())
+    command = ["train", "--data", "digits"] if "model" in wanted else ["fit", "--observations", "obs.npz"]
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--config", str(path), "--print_config"])
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert stop.value.code == 0
+    for key, value in wanted.items():
+        assert shown[key] == value if not isinstance(value, dict) else all(shown[key][k] == v for k, v in value.items())
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "configs" / "observe").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_recipe_of_every_observer_makes_observations(path):
+    np.savez("clean.npz", x=np.random.default_rng(0).normal(size=(6, 16, 12)).astype("float32"))
+    main(["observe", "--config", str(path), "--data", "clean.npz", "--out", "obs.npz"])
+    with np.load("obs.npz") as made:
+        assert str(made["observer"]) == path.stem and len(made["obs"]) == 6 and np.isfinite(made["obs"]).all()
+    assert {p.stem for p in path.parent.glob("*.yaml")} == set(REGISTRY)
 
 
 def test_help_imports_no_torch():

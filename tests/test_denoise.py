@@ -11,9 +11,10 @@ from exact import LEVELS, SIGMA, Autograd, M, covariance, matrix, measurements, 
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
-from emdiff.denoise import Denoiser, GaussianDenoiser, MixtureDenoiser
+from emdiff.denoise import Denoiser, GaussianDenoiser
 from emdiff.mdae import MDAE, ChannelMDAE
 from emdiff.measurement import effective, pool
+from emdiff.mixture import MixtureDenoiser
 from emdiff.nn import MLP, UNet
 
 B, S, d = 4, (2, 3), 6

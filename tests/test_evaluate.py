@@ -214,4 +214,3 @@ def test_stop_auto_keeps_the_best_iteration_for_later_commands(capsys: pytest.Ca
     assert latest_prior(Path("run")).parent.name == "round_002"
     main(fit)
     assert latest_prior(Path("run")).parent.name == "round_007", "never keeps the last"
-

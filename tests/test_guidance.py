@@ -26,8 +26,9 @@ from exact import (
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from emdiff.denoise import Denoiser, GaussianDenoiser, MixtureDenoiser
+from emdiff.denoise import Denoiser, GaussianDenoiser
 from emdiff.guidance import FusedPosterior, PosteriorDenoiser
+from emdiff.mixture import MixtureDenoiser
 from observers import Observer
 
 B, S, d = 4, (2, 3), 6

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from emdiff.errors import UsageError
-from emdiff.observations import Observations, read_data, read_observations, read_truth, write_observations
+from emdiff.observations import Observations, open_observations, read_data, read_observations, read_truth, write_observations, write_parts
 from observers import build
 
 N, S = 5, (2, 3)
@@ -156,7 +156,8 @@ def test_the_truth_is_out_of_reach_of_what_is_read(tmp_path: Path, name: str, su
     assert not any(np.isin(x, array).any() for array in arrays)
     tensors = [array for array in referenced(read) if isinstance(array, Tensor)]
     assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors), "none is a window on something larger"
-    assert set(vars(read)) == {"obs", "observer"} and set(vars(read.observer)) == {"shape", "noise_std", *ARRAYS[name]}
+    assert set(vars(read)) == {"obs", "observer"} and set(vars(read.observer)) == {"shape", "noise", *ARRAYS[name]}
+    assert set(vars(read.observer.noise)) == {"noise_std"}
 
 
 def test_the_truth_is_not_even_opened_and_is_never_taken_for_observations(tmp_path: Path) -> None:
@@ -192,8 +193,8 @@ def at(array: np.ndarray, value: float, *indices: tuple[int, ...]) -> np.ndarray
 
 OBS = basic()["obs"]
 BAD: dict[str, tuple[Fields, tuple[str, ...]]] = {
-    "no observer": (basic(observer=None), ("pass --observer", "identity, mask, projection")),
-    "unknown observer": (basic(observer="blur"), ("'blur'", "identity, mask, projection", "--observer")),
+    "no observer": (basic(observer=None), ("pass --observer", "identity", "projection")),
+    "unknown observer": (basic(observer="blurr"), ("'blurr'", "identity", "projection", "--observer")),
     "array missing": (basic("mask", mask=None), ("'mask' needs an array 'mask'", "--observer")),
     "array ignored": (basic(mask=MASK), ("'identity' has no array 'mask'", "--observer")),
     "no noise": (basic(noise_std=None), ("has no noise_std", "--noise-std")),
@@ -358,3 +359,69 @@ def test_writing_below_a_file_or_another_format_is_refused(tmp_path: Path) -> No
     below = tmp_path / "a.npz" / "b.npz"
     complains(lambda: write_observations(below, read), below, "cannot be written", "check the folder")
     complains(lambda: write_observations(tmp_path / "a.txt", read), tmp_path / "a.txt", "'.txt'", ".npz, .h5, .hdf5")
+
+
+PLAIN = np.ones((1, 4, 4), np.uint8)
+EVERY: dict[str, tuple[tuple[int, ...], Fields]] = {
+    "blur": ((6, 5), {"psf": normal(N, 3, 3), "boundary": "reflect"}),
+    "downsample": ((2, 6, 5), {"factor": 2, "axes": 2, "way": "average"}),
+    "fourier": ((2, 4, 3), {"mask": (normal(N, 4, 3) > 0).astype(np.uint8), "centred": 1}),
+    "multicoil": ((4, 3), {"mask": np.ones((1, 4, 3), np.uint8), "sensitivities": normal(1, 3, 2, 4, 3), "centred": 0}),
+    "radon": ((5, 4), {"angles": normal(N, 3), "detectors": 9}),
+    "compressed": ((3, 4), {"seeds": 2**60 + np.arange(N), "rows": 5, "kind": "gaussian"}),
+    "compose": (
+        (4, 4),
+        {"0.observer": "blur", "0.psf": normal(N, 3, 3), "0.boundary": "zero", "1.observer": "mask", "1.mask": PLAIN},
+    ),
+    "stack": ((4, 4), {"0.observer": "identity", "1.observer": "downsample", "1.factor": 2, "1.axes": 2, "1.way": "average"}),
+}
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".h5", ""])
+@pytest.mark.parametrize("name", EVERY)
+def test_parameters_of_every_observer_are_read_back_by_row(tmp_path: Path, name: str, suffix: str) -> None:
+    S_, parameters = EVERY[name]
+    made = build(name, S_, {key: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for key, v in parameters.items()}, torch.tensor(0.7))
+    obs = made.simulate(torch.from_numpy(normal(N, *S_)), torch.Generator().manual_seed(0))
+    path = tmp_path / f"a{suffix}"
+    write_parts(path, N, iter([(Observations(obs, made), None)]))
+    read, x = read_observations(path), torch.from_numpy(normal(3, *S_, seed=2))
+    assert read.observer.name == name and read.shape == S_ and read.observer.options() == made.options()
+    assert {k: (v.dtype, v.shape) for k, v in read.observer.arrays().items()} == {k: (v.dtype, v.shape) for k, v in made.arrays().items()}
+    index = torch.tensor([4, 0, 2])
+    assert torch.equal(open_observations(path).rows(index).observer.forward(x), made.rows(index).forward(x))
+    hole = obs.numpy().copy()
+    hole[2].flat[1] = np.nan
+    if suffix == ".npz":
+        np.savez(path, **{**dict(np.load(path)), "obs": hole})
+        seen = read_observations(path).observer.observed().expand(obs.shape)
+        assert not seen[2].flatten()[1] and bool((seen | ~made.observed().expand(obs.shape)).sum() == seen.numel() - 1)
+
+
+@pytest.mark.parametrize("noise", ["noise_cov", "noise_factor", "noise_spectrum", "noise_gain"])
+def test_noise_of_every_kind_is_read_back_by_row(tmp_path: Path, noise: str) -> None:
+    W = normal(N, 6, 6)
+    spectrum = 0.5 + abs(normal(N, *S))
+    fields = {
+        "noise_cov": {"noise_cov": W @ W.transpose(0, 2, 1) + 0.1 * np.eye(6, dtype=np.float32)},
+        "noise_factor": {"noise_factor": W[:, :, :2], "noise_std": np.float32(0.3)},
+        "noise_spectrum": {"noise_spectrum": spectrum + np.roll(spectrum[:, ::-1, ::-1], (1, 1), (1, 2))},
+        "noise_gain": {"noise_gain": 0.1 + abs(normal(N))},
+    }[noise]
+    path = save(tmp_path / "a.npz", **basic(**{"noise_std": None, **fields}))
+    read, w = read_observations(path), torch.from_numpy(normal(2, *S))
+    part = open_observations(path).rows(torch.tensor([3, 1])).observer
+    torch.testing.assert_close(part.cov(w), read.observer.rows(torch.tensor([3, 1])).cov(w))
+    write_observations(tmp_path / "b.h5", read)
+    again = read_observations(tmp_path / "b.h5").observer.noise.tensors()
+    assert again.keys() == read.observer.noise.tensors().keys() and all(torch.equal(again[k], v) for k, v in read.observer.noise.tensors().items())
+    assert read_observations(path, noise_std=0.7).observer.noise_std.item() == pytest.approx(0.7), "an override replaces all of it"
+
+
+def test_complex_observations_and_sensitivities_become_pairs_of_real_channels(tmp_path: Path) -> None:
+    z = normal(N, 3, 4, 4) + 1j * normal(N, 3, 4, 4, seed=1)
+    s = normal(1, 3, 4, 4, seed=2) + 1j * normal(1, 3, 4, 4, seed=3)
+    fields = {"observer": "multicoil", "noise_std": 0.7, "shape": (2, 4, 4), "mask": np.ones((1, 4, 4), np.uint8)}
+    read = read_observations(save(tmp_path / "a.npz", **fields, obs=z.astype(np.complex64), sensitivities=s.astype(np.complex64)))
+    np.testing.assert_allclose(read.obs.numpy(), np.stack([z.real, z.imag], 2), rtol=1e-6)
+    np.testing.assert_allclose(read.observer.arrays()["sensitivities"].numpy(), np.stack([s.real, s.imag], 2), rtol=1e-6)

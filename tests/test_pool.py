@@ -9,8 +9,9 @@ import torch
 from exact import covariance, normal, observer, uniform
 from torch import Tensor
 
-from emdiff.denoise import GaussianDenoiser, MixtureDenoiser
+from emdiff.denoise import GaussianDenoiser
 from emdiff.em import Walk, e_step
+from emdiff.mixture import MixtureDenoiser
 from emdiff.observations import Observations
 from emdiff.pool import LEAST, applies, choose, distances, noise, restart
 from emdiff.prior import Prior

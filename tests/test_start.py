@@ -131,11 +131,14 @@ def chosen(made, wanted: str = "auto") -> str:
 
 def test_the_start_is_self_supervised_where_parts_of_observations_predict_each_other() -> None:
     noise = torch.tensor(SIGMA, dtype=torch.float64)
+    large = (12, 12)
+    seen = uniform(5, *large, seed=3) < 0.6
+    assert chosen(Identity(large, noise)) == chosen(observer("identity", 5, large)) == "self-supervised"
+    assert chosen(Mask(large, noise, seen)) == chosen(Mask(large, noise, torch.ones(1, *large))) == "self-supervised"
+    assert chosen(Mask(large, noise, seen[:1])) == chosen(Mask(large, noise, seen[:1].expand(5, *large))) == "gaussian"
+    assert chosen(observer("projection", 5, large)) == "gaussian"
     seen = uniform(5, *S, seed=3) < 0.6
-    assert chosen(Identity(S, noise)) == chosen(observer("identity", 5, S)) == "self-supervised"
-    assert chosen(Mask(S, noise, seen)) == chosen(Mask(S, noise, torch.ones(1, *S))) == "self-supervised"
-    assert chosen(Mask(S, noise, seen[:1])) == chosen(Mask(S, noise, seen[:1].expand(5, *S))) == "gaussian"
-    assert chosen(observer("projection", 5, S)) == "gaussian"
+    assert chosen(Mask(S, noise, seen)) == chosen(observer("projection", 5, S)) == "mixture"
     assert chosen(Identity(S, noise), "gaussian") == "gaussian"
     for made in (Projection(S, noise, normal(1, 4, d)), Mask(S, noise, seen[:1])):
         with pytest.raises(ValueError, match="no objective here: .*; use --start gaussian or auto"):

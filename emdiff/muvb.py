@@ -1,0 +1,137 @@
+r"""Multimeasurement unnormalised variational Bayes: the energy is the free energy of a latent variable model (eq. 32),
+
+    f(y) = E_q [ sum_m |y_m - nu_m(z)|^2 / (2 sigma_m^2) + h(y, nu(z)) ] + KL(q(z | y) || N(0, I)),      q(z | y) = N(mean(y), diag(std(y)^2)),
+    KL = sum_j (mean_j^2 + std_j^2 - 1 - log std_j^2) / 2,      z = mean + std eps,  eps ~ N(0, I)  (reparametrised).
+
+The expectation is a mean over draws of eps. In training they are fresh for every datum. In eval mode they are a fixed set, eps and -eps in pairs,
+the same for all
+data: f is then a function of y, the score is its exact gradient, and xhat has a Jacobian; fresh draws would make every walk step on another energy.
+
+Without the metaencoder h and with M = 1 this is UVB (Saremi 2020). Views as in `mem`.
+
+Source: Multimeasurement Generative Models (Saremi & Srivastava 2022), App. C.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from emdiff.mem import EnergyDenoiser, Scalar, coordinate, meta, quadratic, scaled, stacked
+from emdiff.paper_nets import Decoder, Encoder
+
+
+class MUVB(EnergyDenoiser):
+    """The free energy of a latent variable model as an energy.
+
+    Args:
+        encoder: (z (B, M, *S) of variance 1, c) -> mean and log std of q, (B, 2 latent).
+        decoder: (latents (K, latent), c (K or 1, ...)) -> nu (K, M, *S).
+        latent: Number of latent variables.
+        metaencoder: h as in `mem.MEM`, or None.
+        levels: As in `mem.EnergyDenoiser`.
+        draws: Draws of eps in eval mode, even.
+        seed: Seed of those draws.
+
+    >>> muvb = MUVB(VectorEncoder(3, 2), VectorDecoder((1, 3), 2), 2).eval()
+    >>> muvb.xhat(torch.zeros(2, 4, 3), torch.ones(4)).shape
+    torch.Size([2, 3])
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        latent: int,
+        metaencoder: Scalar | None = None,
+        levels: Tensor | None = None,
+        draws: int = 4,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(levels)
+        self.encoder, self.decoder, self.metaencoder, self.latent = encoder, decoder, metaencoder, latent
+        half = torch.randn(draws // 2, 1, latent, generator=torch.Generator().manual_seed(seed))
+        self.register_buffer("eps", torch.cat([half, -half]))
+
+    def posterior(self, y: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log std of q(z | y), (B, latent) each; the log std is held within +-5."""
+        mean, log_std = self.encoder(scaled(y, sigma), coordinate(y, sigma)).chunk(2, dim=1)
+        return mean, 5 * torch.tanh(log_std / 5)
+
+    def free_energy(self, y: Tensor, sigma: Tensor) -> Tensor:
+        """f, shape (B,)."""
+        mean, log_std = self.posterior(y, sigma)
+        eps = torch.randn(1, *mean.shape, dtype=mean.dtype, device=mean.device) if self.training else self.eps.to(mean.dtype)
+        z, c = mean + log_std.exp() * eps, coordinate(y, sigma)
+        K = len(z)
+        repeat = lambda a: a.expand(K, *a.shape).reshape(-1, *a.shape[1:])
+        levels = c if len(c) == 1 else repeat(c)
+        nu = self.decoder(z.flatten(0, 1), levels)
+        many, s = repeat(y), sigma if sigma.ndim <= 1 or len(sigma) == 1 else repeat(sigma)
+        terms = quadratic(many, nu, s) + meta(self.metaencoder, many, nu, s)
+        return terms.reshape(K, len(y)).mean(0) + kl(mean, log_std)
+
+
+def kl(mean: Tensor, log_std: Tensor) -> Tensor:
+    """KL(N(mean, diag(std^2)) || N(0, I)), shape (B,); arguments (B, latent)."""
+    return (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std).sum(1) / 2
+
+
+class ImageEncoder(nn.Module):
+    """The encoder of Table 3 on all measurements as channels: (B, M, *S), c -> (B, 2 latent)."""
+
+    def __init__(self, shape: tuple[int, ...], latent: int, **widths) -> None:
+        super().__init__()
+        self.net = Encoder(_channels(shape) + 2, shape[-2:], 2 * latent, **widths)
+
+    def forward(self, z: Tensor, c: Tensor) -> Tensor:
+        """Shape (B, 2 latent)."""
+        return self.net(stacked(c, z))
+
+
+class ImageDecoder(nn.Module):
+    """The decoder of Table 3: latents (K, latent), c -> (K, M, *S)."""
+
+    def __init__(self, shape: tuple[int, ...], latent: int, **widths) -> None:
+        super().__init__()
+        self.shape, self.net = tuple(shape), Decoder(latent + 1, shape[-2:], _channels(shape), **widths)
+
+    def forward(self, z: Tensor, c: Tensor) -> Tensor:
+        """Shape (K, *shape)."""
+        return self.net(_with_level(z, c)).reshape(len(z), *self.shape)
+
+
+class VectorEncoder(nn.Module):
+    """An encoder for data of any shape, flattened: (B, M, *S), c -> (B, 2 latent)."""
+
+    def __init__(self, entries: int, latent: int, width: int = 64) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2 * entries, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2 * latent))
+
+    def forward(self, z: Tensor, c: Tensor) -> Tensor:
+        """Shape (B, 2 latent)."""
+        return self.net(torch.cat([z.flatten(1), (c / 3).expand(z.shape).flatten(1)], dim=1))
+
+
+class VectorDecoder(nn.Module):
+    """A decoder to data of any shape: latents (K, latent), c -> (K, M, *S)."""
+
+    def __init__(self, shape: tuple[int, ...], latent: int, width: int = 64) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        entries = int(torch.Size(shape).numel())
+        self.net = nn.Sequential(nn.Linear(latent + 1, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, entries))
+
+    def forward(self, z: Tensor, c: Tensor) -> Tensor:
+        """Shape (K, *shape)."""
+        return self.net(_with_level(z, c)).reshape(len(z), *self.shape)
+
+
+def _with_level(z: Tensor, c: Tensor) -> Tensor:
+    """Latents with the mean of c over the entries of the datum as one more."""
+    level = c.flatten(1).mean(1, keepdim=True).expand(len(z), 1) / 3
+    return torch.cat([z, level.to(z.dtype)], dim=1)
+
+
+def _channels(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape[:-2]).numel())

@@ -1,0 +1,208 @@
+r"""Training a prior on clean data: `emdiff train`, in rounds, each a folder (runs), so that an interrupted training goes on where it was.
+
+Round k continues from the memory that round k - 1 left on disk (weights, average, optimiser) and from a seed made of (seed, k): an interrupted
+training and an
+uninterrupted one are one code path, and end at the same weights on the same machine.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from emdiff.chain import ChainWalk, own_levels, run_chain
+from emdiff.datasets import Dataset
+from emdiff.files import write_atomically
+from emdiff.measurement import effective, measure
+from emdiff.models import fixed_levels
+from emdiff.objectives import ManyLevels, OneSet, errors
+from emdiff.prior import TAU_FIRST, Prior, build_network, load_prior, sample_prior, save_prior, set_precision
+from emdiff.runs import Run
+from emdiff.scale import Scale
+from emdiff.streams import stream, stream_seed
+from emdiff.training import Memory, Optimiser, train
+
+REPORTED = 0.25
+"""Level, in the units of the data, at which the loss of a pooled prior is reported: that of the paper's 1/4 x 1 and 1 x 16."""
+
+LOSS_DATA = 2000
+"""Data that the reported loss is a mean over."""
+
+PICTURE_STEPS = 200
+"""Steps of the chains that a channel view's pictures are drawn with."""
+
+
+class TrainPlan(NamedTuple):
+    """All that a training has to know.
+
+    Attributes:
+        network: Arguments of `prior.build_network`.
+        tau_last: Finest level to train, in units of the data's std; the effective one of fixed levels.
+        objective: A key of `objectives.OBJECTIVES`, for fixed levels.
+        optimiser: How weights are moved.
+        batch: Data per step.
+        steps: Steps in all.
+        rounds: Parts.
+        flips: Mirror half of the images left to right.
+        pictures: Prior samples drawn per round.
+        seed: Seed of everything random.
+        device: "cpu" or "cuda".
+    """
+
+    network: dict[str, Any]
+    tau_last: float
+    objective: str = "mean"
+    optimiser: Optimiser = Optimiser()
+    batch: int = 128
+    steps: int = 4000
+    rounds: int = 10
+    flips: bool = False
+    pictures: int = 64
+    seed: int = 0
+    device: str = "cpu"
+
+
+class Listener(Protocol):
+    """Whoever is told of a training's progress: as `fit.Listener`."""
+
+    def phase(self, name: str, total: int) -> Any:
+        """A phase of `total` units begins; call the result with the units done, and a note."""
+        ...
+
+    def round(self, k: int, metrics: dict[str, Any], pictures: dict[str, Tensor]) -> None:
+        """Round k is complete."""
+        ...
+
+
+class Standardised:
+    """A data set as losses see it (`objectives.Batches`).
+
+    Args:
+        data: Clean data.
+        scale: Their scale.
+        flips: Mirror each image left to right with probability one half.
+    """
+
+    def __init__(self, data: Dataset, scale: Scale, flips: bool = False) -> None:
+        self.data, self.scale, self.flips = data, scale, flips
+
+    def batch(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """Standardised data (B, *S) at indices (B,), on the generator's device."""
+        x = self.scale.standardise(self.data.read(index)).to(generator.device)
+        if not self.flips:
+            return x
+        flip = torch.rand(len(x), generator=generator, device=x.device) < 0.5
+        return torch.where(flip.reshape(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
+
+
+def measure_scale(data: Dataset, most: int = 200_000_000) -> Scale:
+    """Mean and std over all entries of evenly spaced data, as many as have at most `most` entries, but at least 500."""
+    d = torch.Size(data.shape).numel()
+    index = torch.arange(0, len(data), max(1, len(data) // max(500, most // d)))
+    count = total = squares = 0.0
+    for part in index.split(max(1, 10_000_000 // d)):
+        x = data.read(part).double()
+        count, total, squares = count + x.numel(), total + float(x.sum()), squares + float(x.square().sum())
+    mean = total / count
+    return Scale(mean, max(squares / count - mean**2, 1e-24) ** 0.5)
+
+
+def run_training(data: Dataset, scale: Scale, plan: TrainPlan, run: Run, listener: Listener) -> Prior:
+    """Train a prior, continuing whatever the run folder holds; returns that of the last round."""
+    for k in range(run.finished() + 1, plan.rounds + 1):
+        clock = time.perf_counter()
+        folder = run.begin(k)
+        if k == 0:
+            torch.manual_seed(stream_seed(plan.seed, "network"))
+            denoiser = build_network(data.shape, **plan.network)
+            state = {name: value.detach() for name, value in denoiser.state_dict().items()}
+            save_memory(folder / "memory.safetensors", Memory(0, state, state, {}))
+            run.finish(0, {"iter": 0, "steps": 0, "parameters": sum(p.numel() for p in denoiser.parameters())})
+            continue
+        prior, metrics = train_round(k, data, scale, plan, run, listener)
+        save_prior(folder / "prior.safetensors", prior)
+        metrics |= {"image_loss": image_loss(prior, data, plan)}
+        pictures = {"data": data.read(torch.arange(min(64, len(data))))}
+        if plan.pictures:
+            pictures["samples"] = draw(prior, plan.pictures, plan, k, listener)
+            metrics |= {"prior_mean": float(pictures["samples"].mean()), "prior_std": float(pictures["samples"].std())}
+        metrics |= {"iter": k, "seconds": time.perf_counter() - clock}
+        run.finish(k, metrics)
+        (run.round_path(k - 1) / "memory.safetensors").unlink(missing_ok=True)
+        listener.round(k, metrics, pictures)
+    prior = load_prior(run.round_path(plan.rounds) / "prior.safetensors", plan.device)
+    save_prior(run.path / "prior.safetensors", prior)
+    return prior
+
+
+def train_round(k: int, data: Dataset, scale: Scale, plan: TrainPlan, run: Run, listener: Listener) -> tuple[Prior, dict[str, Any]]:
+    """One part of the training: the average so far as a prior, and figures. Leaves its memory in the folder."""
+    denoiser = set_precision(build_network(data.shape, **plan.network), plan.device)
+    memory = load_memory(run.round_path(k - 1) / "memory.safetensors")
+    source, levels = Standardised(data, scale, plan.flips), fixed_levels(denoiser)
+    loss = ManyLevels(source, plan.tau_last, TAU_FIRST) if levels is None else OneSet(source, levels, plan.objective)
+    steps = plan.steps * k // plan.rounds - memory.step
+    bar = listener.phase(f"round {k} of {plan.rounds}", steps)
+    clock = time.perf_counter()
+    seed = stream_seed(plan.seed, "train", k)
+    trained = train(denoiser, loss, len(data), steps, plan.batch, seed=seed, device=plan.device, progress=bar, optimiser=plan.optimiser,
+                    memory=memory, total=plan.steps)  # fmt: skip
+    save_memory(run.round_path(k) / "memory.safetensors", trained.memory)
+    seconds = time.perf_counter() - clock
+    figures = {"loss": trained.loss, "steps": trained.memory.step, "seconds_train": seconds, "images_per_second": steps * plan.batch / seconds}
+    return Prior(trained.denoiser, scale, data.shape, plan.tau_last, plan.network), figures
+
+
+@torch.no_grad()
+def image_loss(prior: Prior, data: Dataset, plan: TrainPlan) -> float:
+    """Eq. 14 as the paper reports it: the mean over m of |x - xhat^(m)|^2, summed over an image, in the units of the data.
+
+    At the prior's own levels, or one measurement of level REPORTED where it takes any; over the first LOSS_DATA data, with the same noise in every
+    round.
+    """
+    generator = stream(plan.seed, "image loss", device=plan.device)
+    levels = fixed_levels(prior.denoiser)
+    sigma = torch.tensor([REPORTED / prior.scale.std], device=plan.device) if levels is None else levels
+    parts = []
+    for index in torch.arange(min(LOSS_DATA, len(data))).split(plan.batch):
+        x = Standardised(data, prior.scale).batch(index, generator)
+        parts.append(errors(prior.denoiser, x, measure(x, sigma, generator), sigma).mean(1))
+    return prior.scale.std**2 * float(torch.cat(parts).mean())
+
+
+def draw(prior: Prior, count: int, plan: TrainPlan, k: int, listener: Listener) -> Tensor:
+    """Prior samples (count, *S) in the user's units: by accumulating measurements, or by chains of the prior's own M-density."""
+    generator, own = stream(plan.seed, "prior samples", k, device=plan.device), own_levels(prior)
+    bar = listener.phase(f"round {k}: prior samples", count if own is None else PICTURE_STEPS)
+    if own is None:
+        return sample_prior(prior, count, generator, progress=bar)
+    chain = ChainWalk(own, delta=min(own) / 2, gamma=1.0)
+    return run_chain(prior, chain, PICTURE_STEPS, PICTURE_STEPS // 10, generator, count=count, progress=bar)[0]
+
+
+def save_memory(path: Any, memory: Memory) -> None:
+    """Write a training's memory, never pickled."""
+    groups = {"weights": memory.weights, "average": memory.average, "slots": memory.slots}
+    tensors = {f"{group}:{name}": value.contiguous().clone() for group, values in groups.items() for name, value in values.items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"step": json.dumps(memory.step)}))
+
+
+def load_memory(path: Any) -> Memory:
+    """Read what `save_memory` wrote."""
+    groups: dict[str, dict[str, Tensor]] = {"weights": {}, "average": {}, "slots": {}}
+    with safe_open(path, "pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            group, name = key.split(":", 1)
+            groups[group][name] = file.get_tensor(key)
+        return Memory(json.loads(file.metadata()["step"]), **groups)
+
+
+def tau_of(levels: list[float]) -> float:
+    """Effective noise of fixed levels (M,)."""
+    return float(effective(torch.tensor(levels, dtype=torch.float64)))

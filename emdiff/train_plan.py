@@ -1,0 +1,154 @@
+"""From the settings of `emdiff train` to a plan: what was left open is chosen from the data; what does not go together is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from emdiff.datasets import Dataset
+from emdiff.errors import UsageError
+from emdiff.models import is_image_shape
+from emdiff.prior import choose_network
+from emdiff.runs import FREE
+from emdiff.scale import Scale
+from emdiff.train import TrainPlan, tau_of
+from emdiff.training import Optimiser
+
+Config = dict[str, Any]
+
+FREE_TRAIN = (*FREE, "data", "root", "download")
+"""Settings of a training that may change when it is continued; the data are compared by their fingerprint."""
+
+
+def make_train_plan(config: Config, data: Dataset, scale: Scale, device: str) -> TrainPlan:
+    """The plan of a training.
+
+    Raises:
+        UsageError: for settings out of range or that do not go together.
+    """
+    model, fit = config["model"], config["train"]
+    check_ranges(model, fit, config["pictures"])
+    levels = levels_of(model, scale)
+    if levels is None and fit["objective"] != "mean":
+        raise UsageError(
+            f"--train.objective {fit['objective']} differs from mean only for several fixed levels; give --model.sigma and --model.measurements"
+        )
+    if config["flips"] and not is_image_shape(data.shape):
+        raise UsageError(f"--flips true: data of shape {data.shape} are no images; leave it out")
+    network = choose_model(model, data.shape, levels)
+    tau_last = model["tau_last"] if levels is None else tau_of(levels)
+    optimiser = Optimiser(fit["optimizer"], fit["rate"], fit["momentum"], fit["anneal"], fit["clip"])
+    return TrainPlan(
+        network, tau_last, fit["objective"], optimiser, min(fit["batch"], len(data)), fit["steps"], min(fit["rounds"], fit["steps"]), config["flips"],
+        config["pictures"], config["seed"], device,
+    )  # fmt: skip
+
+
+def levels_of(model: Config, scale: Scale) -> list[float] | None:
+    """sigma_1..sigma_M in units of the data's std, or None for the pooled view.
+
+    Raises:
+        UsageError: if there are neither one nor M levels.
+    """
+    sigma, M = model["sigma"], model["measurements"]
+    if sigma is None:
+        if M != 1:
+            raise UsageError(f"--model.measurements {M} needs --model.sigma; without it one network serves every number of measurements")
+        return None
+    if len(sigma) not in (1, M) and M != 1:
+        raise UsageError(f"--model.sigma has {len(sigma)} levels and --model.measurements is {M}; give one level, or one for each measurement")
+    return [s / scale.std for s in (sigma * M if len(sigma) == 1 else sigma)]
+
+
+def choose_model(model: Config, shape: tuple[int, ...], levels: list[float] | None) -> dict[str, Any]:
+    """Arguments of `prior.build_network`.
+
+    Raises:
+        UsageError: for a network that takes other data or another parametrisation.
+    """
+    kind, image = model["parametrisation"], is_image_shape(shape)
+    name = model["network"] or ("mlp" if not image else "resnet" if kind == "muvb" else "unet")
+    if (name == "resnet") != (kind == "muvb" and name != "mlp"):
+        raise UsageError(
+            f"--model.network {name} does not go with --model.parametrisation {kind}; muvb takes resnet or mlp, the others unet, u2net or mlp"
+        )
+    if name != "mlp" and not image:
+        raise UsageError(f"--model.network {name} takes images, not data of shape {tuple(shape)}; use mlp")
+    if model["metaencoder"] and kind == "mdae":
+        raise UsageError("--model.metaencoder true: an mdae has no energy to add it to; use --model.parametrisation mem or muvb")
+    wide = [max(4, round(model["width"] * w)) for w in (128, 256, 512, 1024, 1024, 1024)]
+    net: dict[str, Any] = {"kind": name}
+    if name == "mlp":
+        net |= {"width": round(128 * model["width"])} | ({"blocks": 3} if kind != "muvb" else {})
+    elif name == "u2net":
+        net |= {"width": model["width"]}
+    elif name == "unet":
+        default = choose_network(shape)
+        net |= {
+            "widths": model["widths"] or default.get("widths", [32, 64]),
+            "patch": model["patch"] or default.get("patch", 1),
+            "blocks": model["blocks"],
+        }
+    else:
+        net |= {"widths": wide}
+    if kind == "muvb":
+        net |= {"latent": model["latent"]}
+    if kind == "mdae" and levels is None and name in ("unet", "mlp") and not model["spectral_norm"]:
+        return net
+    meta = None if not model["metaencoder"] else {} if name == "mlp" else {"widths": wide if name == "resnet" else wide[:3]}
+    spread = {"spread": 0.2} if kind != "muvb" and levels is None and name != "mlp" else {}
+    return {"kind": kind, "net": net, "levels": levels, "metaencoder": meta, "spectral": model["spectral_norm"], **spread}
+
+
+def check_ranges(model: Config, fit: Config, pictures: int) -> None:
+    """Refuse numbers out of range, naming flag, value and range."""
+    rules: list[tuple[str, Any, float, float]] = [
+        *[("--model.sigma", s, 1e-6, 1e6) for s in model["sigma"] or []],
+        ("--model.measurements", model["measurements"], 1, 4096),
+        ("--model.tau-last", model["tau_last"], 1e-3, 1.0),
+        ("--model.width", model["width"], 1e-3, 64),
+        ("--model.blocks", model["blocks"], 1, 64),
+        ("--model.latent", model["latent"], 1, 10**6),
+        ("--train.rate", fit["rate"], 1e-8, 10.0),
+        ("--train.momentum", fit["momentum"], 0.0, 0.9999),
+        ("--train.clip", fit["clip"], 1e-6, math.inf),
+        ("--train.batch", fit["batch"], 1, 10**6),
+        ("--train.steps", fit["steps"], 1, 10**9),
+        ("--train.rounds", fit["rounds"], 1, 10**5),
+        ("--pictures", pictures, 0, 10**6),
+    ]
+    for flag, value, low, high in rules:
+        if value is not None and not low <= value <= high:
+            raise UsageError(f"{flag} is {value:g}; give a value from {low:g} to {high:g}")
+
+
+def resolved_train_config(config: Config, plan: TrainPlan) -> Config:
+    """The configuration with nothing left open, and the walk that `reconstruct` takes."""
+    walk = {**config["walk"], "tau_last": config["walk"]["tau_last"] or max(0.1, plan.tau_last)}
+    return {**config, "device": plan.device, "walk": walk}
+
+
+def train_name(data: Dataset, resolved: Config) -> str:
+    """NAME-HASH: the data's name and eight hex digits of what a run may not change."""
+    fixed = {k: v for k, v in resolved.items() if k not in FREE_TRAIN}
+    text = json.dumps(fixed, sort_keys=True) + data.identity
+    return f"train-{data.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def print_train_plan(data: Dataset, scale: Scale, plan: TrainPlan, out: Path, finished: int) -> None:
+    """Say what will be done."""
+    levels = plan.network.get("levels")
+    net = plan.network.get("net", plan.network)["kind"]
+    kind = plan.network["kind"] if "net" in plan.network else "mdae"
+    print(f"data          {len(data)} of shape {data.shape} from {data.name}, mean {scale.mean:.4g}, std {scale.std:.4g}")
+    if levels is None:
+        print(f"model         {kind} on {net}, pooled: any number of measurements, all levels from {plan.tau_last * scale.std:.3g} up (data's units)")
+    else:
+        units = ", ".join(f"{s * scale.std:.4g}" for s in levels[:8]) + (", ..." if len(levels) > 8 else "")
+        print(f"model         {kind} on {net}, M = {len(levels)} measurements of levels {units}; together {plan.tau_last * scale.std:.4g}")
+    how = plan.optimiser
+    print(f"training      {plan.steps} steps of {plan.batch} in {plan.rounds} rounds, {how.name} at rate {how.rate:g}, on {plan.device}")
+    print(f"run folder    {out}" + (f", continued after round {finished}" if finished >= 0 else ""), flush=True)

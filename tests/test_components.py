@@ -1,0 +1,104 @@
+"""How many Gaussians: one where there is one, several where they are told apart; and the whole start through the command."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+from exact_gaussian import Moments, log_likelihood, maximum_likelihood, problem  # noqa: E402
+from exact_mixtures import as_projection, noise, points  # noqa: E402
+
+from emdiff.cli import main  # noqa: E402
+from emdiff.components import average, choose, fit_mixture, least_variance, scattered, work  # noqa: E402
+from emdiff.deconvolution import Mixture, Whitened, expect, whitened  # noqa: E402
+from emdiff.observations import Observations, write_observations  # noqa: E402
+from emdiff.prior import load_prior, sample_prior  # noqa: E402
+from emdiff.start import choose_start, is_vector  # noqa: E402
+from observers import Identity, Projection  # noqa: E402
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def clouds(count: int, seed: int = 0) -> Observations:
+    """Four Gaussians in the plane, of bench_exact, with full noise covariances."""
+    x, R = points("mixture", count, seed), noise(count, seed)
+    return as_projection(x + np.einsum("nij,nj->ni", np.linalg.cholesky(R), np.random.default_rng(seed).normal(size=x.shape)), R)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_gaussian_data_get_one_gaussian_and_it_is_the_maximum_likelihood_estimate(seed: int) -> None:
+    data, _, truth = problem(1500, seed, torch.float64)
+    start = fit_mixture(data, generator())
+    assert start.components == start.members == 1 and 1 in start.held_out
+    best = log_likelihood(data, maximum_likelihood(data))
+    found = Moments(start.denoiser.means[0].double(), start.denoiser.covs[0].double())
+    assert -1e-6 < (best - log_likelihood(data, found)) / (best - log_likelihood(data, truth)) < 0.01
+
+
+def test_clouds_get_several_and_the_average_is_better_than_its_members_on_observations_that_no_fit_has_seen() -> None:
+    data, other = clouds(1500), whitened(clouds(1500, seed=1))
+    start = fit_mixture(data, generator())
+    assert start.components >= 4 and start.members > 1
+    held_out = lambda model: float(expect(model, other).log_likelihood.mean())  # noqa: E731
+    best, _ = choose(whitened(data), 1e-4)
+    assert held_out(start.denoiser.model()) > held_out(best) - 0.005
+    again = fit_mixture(data, generator())
+    assert torch.equal(again.denoiser.means, start.denoiser.means) and torch.equal(again.denoiser.weights, start.denoiser.weights)
+
+
+def test_an_average_has_the_mean_density() -> None:
+    data = whitened(clouds(50))
+    one = Mixture(torch.tensor([1.0]).double(), torch.tensor([[0.0, 1.0]]).double(), torch.eye(2).double()[None])
+    two = scattered(average([one, one]), data, generator())
+    density = lambda model: expect(model, data).log_likelihood.exp()  # noqa: E731
+    torch.testing.assert_close(density(average([one, two])), (density(one) + density(two)) / 2)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_what_the_mixture_misses_is_learned(mixed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two clouds at +-1 behind one Gaussian: E x^4 / (E x^2)^2 is 3 for the base and 1.16 for the truth. By fusion, and by moment matching."""
+    monkeypatch.setattr("emdiff.components.COMPONENTS", 1)
+    draw = generator()
+    x = torch.sign(torch.randn(2000, 1, generator=draw)) * torch.tensor([[1.0, 0.0]]) + 0.2 * torch.randn(2000, 2, generator=draw)
+    observer = Projection((2,), torch.tensor(0.3), torch.tensor([[[0.8, 0.6], [-0.6, 0.8]]])) if mixed else Identity((2,), torch.tensor(0.3))
+    write_observations(tmp_path / "obs.npz", Observations(observer.simulate(x, draw), observer))
+    small = ["--train.steps", "200", "--train.start-steps", "200", "--wandb", "off", "--device", "cpu", "--iters", "3", "--walk.levels", "16"]
+    main(["fit", "--observations", str(tmp_path / "obs.npz"), "--out", str(tmp_path / "run"), *small])
+    row = json.loads((tmp_path / "run/round_003/metrics.json").read_text())
+    drawn = sample_prior(load_prior(tmp_path / "run/round_003/prior.safetensors"), 2000, generator(1), 32)[:, 0]
+    assert row["restarted"] == 0 and max(row["departure_kept"]) > 0.5
+    assert float(drawn.pow(4).mean() / drawn.square().mean() ** 2) < 1.7
+
+
+def test_work_and_least_variance_follow_the_data() -> None:
+    """n = .5 in each of 2 directions, 400 data: a tenth of n^2 / 20; shared operators cost no factorisation per datum."""
+    data = Whitened(torch.eye(2).double()[None] / 0.5, torch.zeros(400, 2).double(), torch.zeros(400).double())
+    assert least_variance(data) == pytest.approx(0.1 * 0.25 / 20)
+    assert work(data._replace(A=data.A.expand(400, 2, 2)), 3) > 4 * work(data, 3)
+
+
+def test_vectors_start_from_a_mixture_and_images_do_not() -> None:
+    assert is_vector((128,)) and is_vector((4, 5)) and not is_vector((129,)) and not is_vector((8, 8))
+    vectors, images = (Observations(torch.randn(9, *s), Identity(s, torch.tensor(0.5))) for s in ((5,), (8, 8)))
+    assert choose_start(vectors).kind == "mixture" and choose_start(images).kind == "self-supervised"
+    with pytest.raises(ValueError, match="at most 128 entries"):
+        choose_start(images, "mixture")
+
+
+def test_a_fit_of_a_gaussian_ends_with_its_maximum_likelihood_prior(tmp_path: Path) -> None:
+    """Through the command, with a network that has nothing to learn: what is kept of it is little or nothing, and chi2 is 1."""
+    data, x, _ = problem(1000, 0)
+    write_observations(tmp_path / "obs.npz", data, x)
+    small = ["--train.steps", "60", "--train.start-steps", "60", "--wandb", "off", "--device", "cpu", "--iters", "2"]
+    main(["fit", "--observations", str(tmp_path / "obs.npz"), "--out", str(tmp_path / "run"), *small])
+    start, *rounds = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert start["start"] == "mixture" and start["components"] == 1
+    for row in rounds:
+        assert max(row["departure_kept"]) < 0.3 and abs(row["chi2"] - 1) < 0.06

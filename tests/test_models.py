@@ -1,0 +1,197 @@
+"""MDAE, MEM2 and MUVB: the score is the energy's gradient, the Jacobian is whole, unequal levels, and guidance runs on all of them."""
+
+import math
+
+import pytest
+import torch
+
+from emdiff.denoise import GaussianDenoiser
+from emdiff.guidance import PosteriorDenoiser
+from emdiff.mdae import ChannelMDAE
+from emdiff.measurement import align, measure, pool
+from emdiff.mem import MEM
+from emdiff.models import build_model, fixed_levels
+from emdiff.muvb import kl
+from observers import Identity
+
+LEVELS = [0.75, 1.25, 0.5]
+SIGMA = torch.tensor(LEVELS, dtype=torch.float64)
+NET = {"mdae": {"kind": "mlp", "width": 16, "blocks": 1}, "mem": {"kind": "mlp", "width": 16, "blocks": 1},
+       "muvb": {"kind": "mlp", "latent": 3, "width": 16}}  # fmt: skip
+CASES = [(kind, view, meta) for kind in ("mem", "muvb") for view in ("pooled", "channels") for meta in (None, {"width": 16})]
+
+
+def make(kind, view="pooled", meta=None, shape=(3,), net=None):
+    """A denoiser in float64 whose weights are all away from 0."""
+    torch.manual_seed(0)
+    model = build_model(shape, kind, net or NET[kind], LEVELS if view == "channels" else None, meta).double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.25)
+    return model
+
+
+def measured(batch=2, shape=(3,), seed=1):
+    draw = torch.Generator().manual_seed(seed)
+    return measure(torch.randn(batch, *shape, generator=draw, dtype=torch.float64), SIGMA, draw)
+
+
+def slope(f, y, step=1e-5):
+    """Central differences of f: (B, M, d) -> (B,) in each of the M d entries of a single datum."""
+    out = torch.zeros_like(y)
+    for i in range(y.numel()):
+        e = torch.zeros_like(y).flatten()
+        e[i] = step
+        e = e.reshape(y.shape)
+        out.view(-1)[i] = (f(y + e) - f(y - e)).sum() / (2 * step)
+    return out
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind,view,meta", CASES)
+def test_the_score_is_minus_the_gradient_of_the_energy(kind, view, meta, training):
+    """By finite differences; in train mode with the latent variable's draws held."""
+    model, y = make(kind, view, meta).train(training), measured(1)
+
+    def energy(y):
+        torch.manual_seed(5)
+        return model.energy(y, SIGMA).detach()
+
+    torch.manual_seed(5)
+    torch.testing.assert_close(model.score(y, SIGMA).detach(), -slope(energy, y), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind,view,meta", [("mdae", "pooled", None), ("mdae", "channels", None), *CASES])
+def test_moments_hold_the_whole_jacobian_of_xhat(kind, view, meta):
+    """V u = mean_m sigma_m^2 (d xhat / d y_m)^T u, against finite differences of xhat in eval mode."""
+    model, y, u = make(kind, view, meta).eval(), measured(1), torch.tensor([[0.3, -1.0, 0.7]], dtype=torch.float64)
+    found = model.moments(y, SIGMA)
+    gradient = slope(lambda y: (model.xhat(y, SIGMA) * u).sum(-1).detach(), y)
+    expected = (align(SIGMA, y).square() * gradient).mean(1)
+    torch.testing.assert_close(found.V(u), expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(found.xhat, model.xhat(y, SIGMA))
+    assert not torch.allclose(found.V(u), u, rtol=1e-2)
+
+
+@pytest.mark.parametrize("kind,view,meta", CASES)
+def test_the_jacobian_of_a_gradient_is_symmetric(kind, view, meta):
+    """As that of E[x | y] is and that of an MDAE is not: <w, V u> = <u, V w> for the score's Jacobian in y."""
+    model, y = make(kind, view, meta).eval(), measured(1)
+    full = torch.autograd.functional.jacobian(lambda y: model.score(y, SIGMA), y).reshape(9, 9)
+    torch.testing.assert_close(full, full.T, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["mem", "muvb"])
+def test_pooled_energies_give_one_estimate_for_all_measurements(kind):
+    """Eq. 8 is exact: y_m - sigma_m^2 grad_m f is the same for every m, though the levels differ."""
+    model, y = make(kind).eval(), measured(4).requires_grad_(True)
+    (g,) = torch.autograd.grad(model.energy(y, SIGMA).sum(), y)
+    estimates = y - align(SIGMA, y).square() * g
+    torch.testing.assert_close(estimates, model.xhat(y, SIGMA)[:, None].expand(y.shape), rtol=1e-9, atol=1e-10)
+
+
+def test_mem_of_a_gaussian_has_its_closed_form():
+    """With nu = xhat = K ybar of N(0, S): xhat_mem = nu + K^T (ybar - nu), since f = |ybar - K ybar|^2 / (2 tau^2); with detached nu it would
+    be nu.
+    """
+    S = torch.tensor([[1.0, 0.4], [0.4, 0.7]], dtype=torch.float64)
+    inner = GaussianDenoiser.from_covariance(torch.zeros(2, dtype=torch.float64), S)
+    y, tau2 = measured(5, (2,)), 1 / SIGMA.pow(-2).sum()
+    K, ybar = torch.linalg.solve(S + tau2 * torch.eye(2, dtype=torch.float64), S), pool(y, SIGMA).ybar
+    torch.testing.assert_close(MEM(inner).xhat(y, SIGMA), ybar @ (2 * K - K @ K), rtol=1e-8, atol=1e-10)
+
+
+def test_what_was_not_measured_moves_no_estimate():
+    """A measurement of infinite level adds nothing, and where no entry was measured xhat is finite and does not depend on y."""
+    for kind in ("mem", "muvb"):
+        model, y = make(kind).eval(), measured(2)
+        more = torch.cat([y, torch.full_like(y[:, :1], 7.0)], dim=1)
+        torch.testing.assert_close(model.xhat(more, torch.cat([SIGMA, torch.tensor([math.inf])])), model.xhat(y, SIGMA))
+        nothing = torch.tensor([math.inf], dtype=torch.float64)
+        blind = model.xhat(y[:, :1], nothing)
+        torch.testing.assert_close(blind, model.xhat(y[:, :1] + 100, nothing))
+
+
+def test_batches_do_not_mix_and_inference_mode_is_allowed():
+    for kind, view, meta in CASES:
+        model, y = make(kind, view, meta).eval(), measured(4)
+        with torch.inference_mode():
+            together = model.xhat(y.clone(), SIGMA.clone())
+        alone = torch.cat([model.xhat(y[i : i + 1], SIGMA) for i in range(4)])
+        torch.testing.assert_close(together.clone(), alone.detach(), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind,view,meta", [("mdae", "channels", None), *CASES])
+def test_guidance_runs_on_every_parametrisation(kind, view, meta):
+    """Moment matching with converged CG solves (Sigma + V) a = obs - xhat with this model's own V, dense by one product per entry."""
+    model, y = make(kind, view, meta).eval(), measured(1)
+    obs, noise = torch.tensor([[0.5, -0.2, 1.0]], dtype=torch.float64), 2.0
+    found = model.moments(y, SIGMA)
+    V = torch.stack([found.V(e[None])[0] for e in torch.eye(3, dtype=torch.float64)]).T
+    exact = found.xhat + torch.linalg.solve(V + noise**2 * torch.eye(3, dtype=torch.float64), (obs - found.xhat).T).T @ V.T
+    guided = PosteriorDenoiser(model, Identity((3,), torch.tensor(noise, dtype=torch.float64)), obs, "gmres", 3, 1e-12)
+    torch.testing.assert_close(guided.xhat(y, SIGMA), exact, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["mem", "muvb"])
+def test_training_reaches_the_weights_through_the_score(kind):
+    """Every parameter but the constants of an energy has a gradient, which finite differences confirm along a random direction."""
+    model, y = make(kind, meta={"width": 16}).eval(), measured(3)
+    target = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    model.loss(target, y, SIGMA).mean().backward()
+    direction = [torch.randn_like(p) for p in model.parameters()]
+    slope_found = sum(float((p.grad * d).sum()) for p, d in zip(model.parameters(), direction) if p.grad is not None)
+
+    def at(step):
+        with torch.no_grad():
+            [p.add_(d, alpha=step) for p, d in zip(model.parameters(), direction)]
+        value = float(model.loss(target, y, SIGMA).mean().detach())
+        with torch.no_grad():
+            [p.sub_(d, alpha=step) for p, d in zip(model.parameters(), direction)]
+        return value
+
+    assert slope_found == pytest.approx((at(1e-6) - at(-1e-6)) / 2e-6, rel=1e-4)
+
+
+def test_kl_against_torch():
+    mean, log_std = torch.randn(4, 3, dtype=torch.float64), 0.3 * torch.randn(4, 3, dtype=torch.float64)
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(mean, log_std.exp()), normal(torch.zeros_like(mean), torch.ones_like(mean))).sum(1)
+    torch.testing.assert_close(kl(mean, log_std), expected)
+
+
+def test_other_levels_than_its_own_are_refused():
+    for kind in ("mdae", "mem", "muvb"):
+        model = make(kind, "channels")
+        assert fixed_levels(model).tolist() == LEVELS and fixed_levels(make(kind)) is None
+        with pytest.raises(ValueError, match="made for levels"):
+            model.xhat(measured(), 2 * SIGMA)
+
+
+@pytest.mark.parametrize(
+    "kind,net,meta",
+    [
+        ("mdae", {"kind": "u2net", "width": 1 / 32}, None),
+        ("mem", {"kind": "unet", "widths": [4, 8], "patch": 1}, {"widths": [4, 8], "blocks": [1, 1]}),
+        ("mem", {"kind": "u2net", "width": 1 / 32}, None),
+        ("muvb", {"kind": "resnet", "latent": 4, "widths": [4, 8], "blocks": [1, 1]}, {"widths": [4, 8], "blocks": [1, 1]}),
+    ],
+)
+@pytest.mark.parametrize("view", ["pooled", "channels"])
+def test_image_networks_have_scores_that_are_gradients(kind, net, meta, view):
+    model, y = make(kind, view, meta, (1, 9, 8), net).eval(), measured(1, (1, 9, 8))
+    u = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    if kind == "mdae":
+        assert isinstance(model, ChannelMDAE) == (view == "channels")
+        along = (model.xhat(y + 1e-5 * u, SIGMA) - model.xhat(y - 1e-5 * u, SIGMA)) / 2e-5
+        exact = torch.autograd.functional.jvp(lambda y: model.xhat(y, SIGMA), y, u)[1]
+        torch.testing.assert_close(exact, along.detach(), rtol=1e-5, atol=1e-8)
+        return
+    along = (model.energy(y + 1e-5 * u, SIGMA) - model.energy(y - 1e-5 * u, SIGMA)).detach() / 2e-5
+    torch.testing.assert_close(-(model.score(y, SIGMA).detach() * u).flatten(1).sum(1), along, rtol=1e-6, atol=1e-8)
+
+
+def test_unknown_combinations_are_refused():
+    for shape, kind, net in [((8, 8), "vae", {"kind": "mlp"}), ((8, 8), "mem", {"kind": "resnet"}), ((5,), "mdae", {"kind": "unet"}),
+                             ((5,), "muvb", {"kind": "resnet"}), ((8, 8), "muvb", {"kind": "unet"})]:  # fmt: skip
+        with pytest.raises(ValueError, match="choose"):
+            build_model(shape, kind, net)
