@@ -63,6 +63,7 @@ def fit(
     uint8_range: bool = False,
     seed: int = 0,
     device: Device = "auto",
+    compile: bool = False,
     wandb: Literal["auto", "online", "offline", "off"] = "auto",
     walk: WalkSettings = WalkSettings(),
     train: TrainSettings = TrainSettings(),
@@ -88,6 +89,7 @@ def fit(
         uint8_range: Accept uint8 observations and divide them by 255.
         seed: Seed of everything random.
         device: cpu, cuda, or whichever is there.
+        compile: Run the network of the E-step through torch.compile; pays where an E-step takes minutes (docs/speed.md).
         wandb: Weights & Biases: auto is online where you are logged in, else offline.
         walk: The E-step.
         train: The M-step.
@@ -110,6 +112,7 @@ def reconstruct(
     uint8_range: bool = False,
     seed: int = 0,
     device: Device = "auto",
+    compile: bool = False,
 ) -> None:
     """Sample x | obs for every observation of a file, under a run's prior; writes samples, mean and std, and a picture.
 
@@ -124,6 +127,7 @@ def reconstruct(
         uint8_range: Accept uint8 observations and divide them by 255.
         seed: Seed.
         device: Where to run.
+        compile: Run the network through torch.compile; pays from some minutes of sampling on, and with fused guidance only.
     """
     from emdiff.commands import reconstruct_command
     from emdiff.observations import open_observations
@@ -132,7 +136,7 @@ def reconstruct(
     at_least("--samples", samples, 2)
     suffix("--out", out, (".npz", ".h5", ".hdf5", "/"))
     data = open_observations(Path(observations), observer, noise_std or run_level(Path(run)), tuple(shape) if shape else None, uint8_range)
-    reconstruct_command(Path(run), data, samples, Path(out), seed, device)
+    reconstruct_command(Path(run), data, samples, Path(out), seed, device, compile)
 
 
 def evaluate(

@@ -15,6 +15,7 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
+from emdiff.compiled import for_sampling
 from emdiff.console import Bars
 from emdiff.data import Data, Observations
 from emdiff.errors import UsageError
@@ -147,10 +148,10 @@ def fit_command(config: Config) -> None:
     print(f"next: emdiff evaluate --run {out} --observations {path}; emdiff sample --run {out} --out samples.npz")
 
 
-def reconstruct_command(run: Path, data: Data, samples: int, out: Path, seed: int, device: str) -> None:
+def reconstruct_command(run: Path, data: Data, samples: int, out: Path, seed: int, device: str, compile: bool = False) -> None:
     """`emdiff reconstruct`."""
     device = resolve_device(device)
-    prior = check_any_level(load_prior(latest_prior(run), device), run)
+    prior = for_sampling(check_any_level(load_prior(latest_prior(run), device), run), device, compile)
     check_shape(prior, data, run)
     generator = stream(seed, "reconstruct", device=device)
     walk, chi2, picture = run_walk(run, data, device), 0.0, out.with_suffix(".png")

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from emdiff.compiled import for_sampling
 from emdiff.components import STAGES, fit_mixture
 from emdiff.data import Data, held, measured
 from emdiff.em import Draws, PairLoss, Walk, drawn, e_step, over_relaxed, relaxed_walk
@@ -69,6 +70,7 @@ class Plan(NamedTuple):
         level: Where the noise level is not known, its first estimate, which EM updates; else None.
         init_prior: The prior that EM starts from; None for a start from the observations alone.
         stop: End when the figures that need no truth have stopped to improve, and keep the best iteration (verdict).
+        compile: Run the network of the E-step and of prior samples through torch.compile (compiled).
     """
 
     iters: int
@@ -86,6 +88,7 @@ class Plan(NamedTuple):
     seed: int = 0
     device: str = "cpu"
     stop: bool = False
+    compile: bool = False
     level: float | None = None
     init_prior: str | None = None
 
@@ -138,7 +141,8 @@ def run_fit(
         pictures = {"samples": samples[:64]}
         if k:
             bar = listener.phase(f"round {k}: prior samples", plan.prior_samples)
-            fresh = sample_prior(prior, plan.prior_samples, stream(plan.seed, "prior samples", k, device=plan.device), PRIOR_LEVELS, progress=bar)
+            fast, draw = for_sampling(prior, plan.device, plan.compile), stream(plan.seed, "prior samples", k, device=plan.device)
+            fresh = sample_prior(fast, plan.prior_samples, draw, PRIOR_LEVELS, progress=bar)
             pictures["prior"] = fresh[:64]
             metrics |= prior_figures(data, fresh, stream(plan.seed, "figures", k))
         rows = on_turn(k, len(data), plan.refresh, plan.seed)
@@ -267,7 +271,8 @@ def em_round(k: int, data: Data, scale: Scale, plan: Plan, run: Run, listener: L
         chains, bound = run.array(k - 1, "chains") if k > 1 else None, run.metrics(0)["bound"]
         if walk.pool and not (based and not prior.denoiser.departs()):
             chains = restart(prior, data, chains, walk.pool, walk.tau_first, stream(plan.seed, "pool", k, device=plan.device), store)
-        draws = e_step(prior.denoiser, some, rows_of(chains, rows), walk, generator, bound, bar, plan.walk.tau_last, store)
+        walker = for_sampling(prior, plan.device, plan.compile).denoiser
+        draws = e_step(walker, some, rows_of(chains, rows), walk, generator, bound, bar, plan.walk.tau_last, store)
         draws = draws._replace(**{name: getattr(draws, name).commit() for name in ("y", "x", "sample") if getattr(draws, name) is not None})
         if plan.level is not None:
             complete = (draws.y, draws.tau) if draws.sample is None else (draws.sample, 0.0)

@@ -17,8 +17,8 @@ from emdiff.fit import Plan, first_steps, level_maps
 from emdiff.gaussian import DENSE
 from emdiff.noise import depends_on_signal
 from emdiff.pool import applies, noise
-from emdiff.posterior import default_pool, default_tau_first
-from emdiff.prior import Prior, check_any_level, choose_network, load_prior
+from emdiff.posterior import default_batch, default_pool, default_tau_first
+from emdiff.prior import TAU_FIRST, Prior, check_any_level, choose_network, load_prior
 from emdiff.rows import evenly
 from emdiff.runs import FREE, fingerprint
 from emdiff.scale import Scale
@@ -63,8 +63,8 @@ def make_plan(config: Config, data: Data, scale: Scale, device: str) -> tuple[Pl
     if not tau_first > tau_last:
         raise UsageError(f"--walk.tau-first {tau_first:g} is not above --walk.tau-last {tau_last:g}; levels fall from first to last")
     if guidance != "fused" and not math.isfinite(tau_first):
-        raise UsageError(f"--walk.tau-first has to be finite with guidance {guidance}; 0.8 is a good value")
-    batch = walk["batch"] or (4096 if device == "cuda" else 500)
+        raise UsageError(f"--walk.tau-first has to be finite with guidance {guidance}; {TAU_FIRST:g} starts every walk anew")
+    batch = walk["batch"] or default_batch(device)
     chosen = Walk(**{**walk, "guidance": guidance, "tau_first": tau_first, "tau_last": tau_last, "batch": batch, "pool": pool})
     relax = config["relax"] if config["relax"] is not None else 0 if start.kind == "mixture" else default_relax(relative, walk["tau_relax"])
     if relax and not tau_first > walk["tau_relax"]:
@@ -80,7 +80,7 @@ def make_plan(config: Config, data: Data, scale: Scale, device: str) -> tuple[Pl
     plan = Plan(
         config["iters"], start, chosen, network, train["start_steps"], steps, train["batch"], train["rate"], refresh, relax,
         maps=maps, seed=config["seed"], device=device, stop=config["stop"] == "auto",
-        level=noise_range(data)[0] if config["noise_std"] == "auto" else None, init_prior=config.get("init_prior"),
+        level=noise_range(data)[0] if config["noise_std"] == "auto" else None, compile=config["compile"], init_prior=config.get("init_prior"),
     )  # fmt: skip
     return plan, {"start": start.reason, "guidance": reason}
 
@@ -158,6 +158,8 @@ def check_ranges(walk: Config, train: Config, relax: int | None) -> None:
         ("--walk.delta", walk["delta"], 1e-6, 2.0),
         ("--walk.gamma", walk["gamma"], 1e-6, 1e6),
         ("--walk.iterations", walk["iterations"], 1, 1000),
+        ("--walk.tolerance", walk["tolerance"], 1e-12, 10.0),
+        ("--walk.coarse", walk["coarse"], 0.0, math.inf),
         ("--walk.batch", walk["batch"], 1, 10**7),
         ("--walk.pool", walk["pool"], 0, 10**6),
         ("--train.steps", train["steps"], 1, 10**8),

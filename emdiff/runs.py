@@ -32,7 +32,7 @@ from emdiff.files import append_line, write_atomically, write_json
 from emdiff.rows import Rows, of_npy
 from emdiff.written import NewArray
 
-FREE = ("iters", "stop", "device", "wandb", "out", "observations")
+FREE = ("iters", "stop", "device", "compile", "wandb", "out", "observations")
 """Settings that may change when a run is continued; the observations are compared by their fingerprint."""
 
 

@@ -35,6 +35,7 @@ LAYERS = [
     {"muvb"},
     {"models"},
     {"prior", "runs"},
+    {"compiled"},
     {"em", "pool", "chain", "datasets"},
     {"posterior"},
     {"fit", "figures"},
