@@ -69,6 +69,7 @@ def fit(
     uint8_range: bool = False,
     seed: int = 0,
     device: Device = "auto",
+    compile: bool = False,
     wandb: Literal["auto", "online", "offline", "off"] = "auto",
     fork: Optional[str] = None,
     keep: Optional[int] = None,
@@ -96,6 +97,7 @@ def fit(
         uint8_range: Accept uint8 observations and divide them by 255.
         seed: Seed of everything random.
         device: cpu, cuda, or whichever is there.
+        compile: Run the network of the E-step through torch.compile; pays where an E-step takes minutes (docs/speed.md).
         wandb: Weights & Biases: auto is online where you are logged in, else offline.
         fork: New run folder, to which the finished rounds of --out are copied; the fit goes on there under the settings of this command.
         keep: Keep priors, samples and pictures of the last so many rounds only, and of the best; figures are kept of all. Unset: all rounds.
@@ -124,6 +126,7 @@ def reconstruct(
     uint8_range: bool = False,
     seed: int = 0,
     device: Device = "auto",
+    compile: bool = False,
 ) -> None:
     """Sample x | obs for every observation of a file, under a run's prior; writes samples, mean and std, and a picture.
 
@@ -138,6 +141,7 @@ def reconstruct(
         uint8_range: Accept uint8 observations and divide them by 255.
         seed: Seed.
         device: Where to run.
+        compile: Run the network through torch.compile; pays from some minutes of sampling on, and with fused guidance only.
     """
     from emdiff.commands import reconstruct_command
     from emdiff.observations import open_observations
@@ -146,7 +150,7 @@ def reconstruct(
     at_least("--samples", samples, 2)
     suffix("--out", out, (".npz", ".h5", ".hdf5", "/"))
     data = open_observations(Path(observations), observer, noise_std or run_level(Path(run)), tuple(shape) if shape else None, uint8_range)
-    reconstruct_command(Path(run), data, samples, Path(out), seed, device)
+    reconstruct_command(Path(run), data, samples, Path(out), seed, device, compile)
 
 
 def evaluate(

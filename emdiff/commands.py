@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from emdiff import interrupt
 from emdiff.changes import fork, versions
+from emdiff.compiled import for_sampling
 from emdiff.console import Bars
 from emdiff.data import Data, Observations
 from emdiff.errors import UsageError
@@ -36,6 +37,7 @@ from emdiff.runs import Run, latest_prior, round_metrics, round_of
 from emdiff.scale import estimate_scale
 from emdiff.streams import stream
 from emdiff.track import Tracker
+from emdiff.turns import rows_of
 from emdiff.written import NewArchive
 from observers import Observer
 from observers.recipes import Recipe
@@ -146,7 +148,8 @@ def fit_command(config: Config, defaults: Config, forked: str | None = None) -> 
         fixed = {} if truth is None else {"truth": truth[:12]}
         console = Console(run, tracker, fixed | ({"observation": obs} if obs.shape[1:] == data.shape else {}), config["keep"])
         try:
-            run_fit(data, scale, plan, run, console, (lambda x: truth_figures(x, truth)) if truth is not None else (lambda x: {}))
+            judge = (lambda x, rows: {}) if truth is None else (lambda x, rows: truth_figures(x, rows_of(truth, rows)))
+            run_fit(data, scale, plan, run, console, judge)
             if _stale(out / "report.html", run.round_path(run.finished()) / "metrics.json"):
                 write_report(out)
         finally:
@@ -162,10 +165,10 @@ def _stale(page: Path, source: Path) -> bool:
     return not page.is_file() or page.stat().st_mtime < source.stat().st_mtime
 
 
-def reconstruct_command(run: Path, data: Data, samples: int, out: Path, seed: int, device: str) -> None:
+def reconstruct_command(run: Path, data: Data, samples: int, out: Path, seed: int, device: str, compile: bool = False) -> None:
     """`emdiff reconstruct`."""
     device = resolve_device(device)
-    prior = check_any_level(load_prior(latest_prior(run), device), run)
+    prior = for_sampling(check_any_level(load_prior(latest_prior(run), device), run), device, compile)
     check_shape(prior, data, run)
     generator = stream(seed, "reconstruct", device=device)
     walk, chi2, picture = run_walk(run, data, device), 0.0, out.with_suffix(".png")

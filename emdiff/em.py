@@ -36,7 +36,7 @@ from emdiff.checkpoint import State, load_state, save_state
 from emdiff.data import Data, Observations, measured, observer_name
 from emdiff.deconvolution import whitened
 from emdiff.denoise import Denoiser
-from emdiff.guidance import FusedPosterior, PosteriorDenoiser
+from emdiff.guidance import TOLERANCE, FusedPosterior, PosteriorDenoiser
 from emdiff.interrupt import Clock, asked, check
 from emdiff.langevin import STEPS
 from emdiff.mdae import MDAE
@@ -67,6 +67,8 @@ class Walk(NamedTuple):
         gamma: Their friction, per unit time in which tau is 1.
         step: Their discretisation, a key of `langevin.STEPS`.
         iterations: Most solver iterations of "cg" and "gmres".
+        tolerance: Largest error of a jump that an unfinished solve may leave, rms over entries, in units of its level.
+        coarse: Level above which a solve takes one iteration.
         batch: Chains at once.
         pool: Prior samples from which chains restart (pool); 0 for persistent chains.
     """
@@ -81,6 +83,8 @@ class Walk(NamedTuple):
     gamma: float = 1.0
     step: str = "sachs"
     iterations: int = 3
+    tolerance: float = TOLERANCE
+    coarse: float = 1.0
     batch: int = 500
     pool: int = 0
 
@@ -116,21 +120,22 @@ def choose_guidance(data: Data, wanted: str = "auto") -> tuple[str, str]:
         ValueError: if fused is wanted where it does not apply.
     """
     one = data.rows(slice(0, 1))
-    fusable = one.observer.as_measurement(one.obs) is not None
+    fusable, name = one.observer.as_measurement(one.obs) is not None, one.observer.name
     if wanted == "fused" and not fusable:
-        raise ValueError(f"--guidance fused needs At cov_obs^-1 A diagonal, and observer {one.observer.name} mixes entries; use cg")
-    if wanted != "auto":
-        return wanted, "as asked"
-    if fusable:
-        return "fused", "each observation is one more measurement of x: exact, no Jacobians"
-    return "cg", f"observer {one.observer.name} mixes entries of x: moment matching"
+        raise ValueError(f"--guidance fused needs At cov_obs^-1 A diagonal, and observer {name} mixes entries; use cg")
+    if wanted == "auto" and fusable:
+        return "fused", f"observer {name} sees entries one by one, so that an observation is one more measurement of x: exact, one pass, no Jacobians"
+    if wanted == "auto":
+        return "cg", f"observer {name} mixes entries of x, so that no level per entry says what it saw: moment matching by conjugate gradients"
+    aside = "; fused would be exact here, and faster" if fusable and wanted != "fused" else ""
+    return wanted, f"as asked{aside}"
 
 
 def posterior(prior: Denoiser, data: Observations, walk: Walk) -> Denoiser:
     """The denoiser of p(x | obs) for a batch of observations."""
     if walk.guidance == "fused":
         return FusedPosterior(prior, *data.observer.as_measurement(data.obs))
-    return PosteriorDenoiser(prior, data.observer, data.obs, walk.guidance, walk.iterations)
+    return PosteriorDenoiser(prior, data.observer, data.obs, walk.guidance, walk.iterations, walk.tolerance, walk.coarse)
 
 
 def walk_levels(data: Data, walk: Walk) -> list[float]:
@@ -151,9 +156,16 @@ def walk_levels(data: Data, walk: Walk) -> list[float]:
     return levels(TAU_FIRST, walk.tau_last, walk.levels)
 
 
+def relaxed_walk(data: Data, walk: Walk) -> Walk:
+    """The walk of an over-relaxed iteration: to tau_relax, with as many levels as the exact walk has above it and one at it."""
+    above = sum(tau > walk.tau_relax for tau in walk_levels(data, walk))
+    return walk._replace(tau_last=walk.tau_relax, levels=max(2, above + 1))
+
+
 def walk_batch(
-    prior: Denoiser, data: Observations, chains: Tensor | None, walk: Walk, taus: list[float], generator: torch.Generator, tau_chains: float
-) -> Draws:
+    prior: Denoiser, data: Observations, chains: Tensor | None, walk: Walk, taus: list[float], generator: torch.Generator, tau_chains: float,
+    complete: bool = True,
+) -> Draws:  # fmt: skip
     """Sample x | obs for a batch: see `e_step`; nothing is restarted here."""
     if isinstance(prior, MDAE) and prior.base is not None:
         return walk_from_base(prior, data, chains, walk, taus, generator)
@@ -169,7 +181,7 @@ def walk_batch(
     if not isinstance(target, PosteriorDenoiser):
         return Draws(end.y, end.xhat, end.tau)
     residual, iterations = float(target.solve.residual.mean()), float(target.solve.iterations.float().mean())
-    sample = target.draw(end.y[:, None], end.y.new_tensor([end.tau]), generator)
+    sample = target.draw(end.y[:, None], end.y.new_tensor([end.tau]), generator) if complete else None
     return Draws(end.y, end.xhat, end.tau, residual=residual, iterations=iterations, sample=sample)
 
 

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from emdiff.compiled import for_sampling
 from emdiff.components import STAGES, fit_mixture
 from emdiff.data import Data, held, measured
-from emdiff.em import Draws, PairLoss, Walk, drawn, e_step, over_relaxed
+from emdiff.em import Draws, PairLoss, Walk, drawn, e_step, over_relaxed, relaxed_walk
 from emdiff.gaussian import condition, fit_gaussian
 from emdiff.mdae import MDAE
 from emdiff.metrics import prior_figures, sample_figures
@@ -29,9 +30,10 @@ from emdiff.rows import BLOCK, Array, Index, Rows, chosen_rows, fill, row_spans,
 from emdiff.runs import Run, latest_prior
 from emdiff.scale import Scale
 from emdiff.shrink import keep
-from emdiff.start import Choice, first_samples, recorrupt, self_supervised_loss
+from emdiff.start import Choice, first_samples, hidden_variance, recorrupt, self_supervised_loss
 from emdiff.streams import stream, stream_seed
 from emdiff.training import Trained, train
+from emdiff.turns import in_place, on_turn, rows_of, those_of
 from emdiff.verdict import best_iteration, should_stop
 
 GAUSSIAN_ITERATIONS = 20
@@ -39,6 +41,9 @@ GAUSSIAN_ITERATIONS = 20
 
 HELD_OUT = 4096
 """Most observations held out of the self-supervised training: each check looks at all of them."""
+
+PRIOR_LEVELS = 32
+"""Levels of the prior samples that each round's figures and pictures are made of."""
 
 SPREAD = 1.005
 """An iteration over-relaxes if the last samples' std exceeds the data's own, estimated from the observations, by this factor."""
@@ -52,18 +57,20 @@ class Plan(NamedTuple):
         start: The start, decided.
         walk: The E-step.
         network: Arguments of `build_network`.
-        start_steps: Most training steps of the self-supervised start; those of the first M-step after a Gaussian one, which trained no
-            network, or with levels per entry, most of which the start has not seen.
+        start_steps: Most training steps of the self-supervised start; those of the first M-step after a Gaussian one (`first_steps`).
         steps: Training steps of an M-step.
         batch: Data per training step.
         rate: Learning rate.
+        refresh: Observations walked anew in each iteration from the second on, in turn; the others keep their last pair, chain and jump. 0 for all.
         relax: Last iteration that may over-relax; it does so if the samples' spread exceeds the data's.
+        maps: Whether observations are fused whose levels differ between entries or data.
         prior_samples: Prior samples drawn per round for figures.
         seed: Seed of everything random.
         device: "cpu" or "cuda".
         level: Where the noise level is not known, its first estimate, which EM updates; else None.
         init_prior: The prior that EM starts from; None for a start from the observations alone.
         stop: End when the figures that need no truth have stopped to improve, and keep the best iteration (verdict).
+        compile: Run the network of the E-step and of prior samples through torch.compile (compiled).
     """
 
     iters: int
@@ -74,11 +81,14 @@ class Plan(NamedTuple):
     steps: int = 700
     batch: int = 128
     rate: float = 2e-3
+    refresh: int = 0
     relax: int = 0
+    maps: bool = False
     prior_samples: int = 500
     seed: int = 0
     device: str = "cpu"
     stop: bool = False
+    compile: bool = False
     level: float | None = None
     init_prior: str | None = None
 
@@ -101,7 +111,7 @@ def run_fit(
     plan: Plan,
     run: Run,
     listener: Listener,
-    evaluate: Callable[[Array], dict[str, float]] = lambda x: {},
+    evaluate: Callable[[Array, Tensor | None], dict[str, float]] = lambda x, rows: {},
 ) -> Prior:
     """Fit a prior, continuing whatever the run folder holds.
 
@@ -111,7 +121,8 @@ def run_fit(
         plan: Settings.
         run: The run folder.
         listener: Told of phases and rounds.
-        evaluate: Figures of samples (N, *S) that only the caller can compute, such as errors against a truth.
+        evaluate: Figures of samples x (n, *S) of the observations of indices `rows` (n,), None for all, which only the caller can compute, such as
+            errors against a truth.
 
     Returns:
         The prior of the last round, or of the best where plan.stop.
@@ -132,10 +143,13 @@ def run_fit(
         pictures = {"samples": samples[:64]}
         if k:
             bar = listener.phase(f"round {k}: prior samples", plan.prior_samples)
-            drawn = sample_prior(prior, plan.prior_samples, stream(plan.seed, "prior samples", k, device=plan.device), progress=bar)
-            pictures["prior"] = drawn[:64]
-            metrics |= prior_figures(data, drawn, stream(plan.seed, "figures", k))
-        metrics |= {"iter": k, **sample_figures(data, samples), **evaluate(samples), "seconds": time.perf_counter() - clock}
+            fast, draw = for_sampling(prior, plan.device, plan.compile), stream(plan.seed, "prior samples", k, device=plan.device)
+            fresh = sample_prior(fast, plan.prior_samples, draw, PRIOR_LEVELS, progress=bar)
+            pictures["prior"] = fresh[:64]
+            metrics |= prior_figures(data, fresh, stream(plan.seed, "figures", k))
+        rows = on_turn(k, len(data), plan.refresh, plan.seed)
+        new = rows_of(samples, rows)
+        metrics |= {"iter": k, **sample_figures(those_of(data, rows), new), **evaluate(new, rows), "seconds": time.perf_counter() - clock}
         run.finish(k, metrics)
         listener.round(k, metrics, pictures)
     run.choose(best_iteration(run.history()) if plan.stop else None)
@@ -160,10 +174,14 @@ def start_round(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listen
     torch.manual_seed(stream_seed(plan.seed, "network"))
     denoiser = set_precision(build_network(data.shape, **plan.network), plan.device)
     metrics: dict[str, Any] = {"start": plan.start.kind} | ({} if plan.level is None else {"noise_std": plan.level})
+    v = 0.0
     if plan.start.kind == "self-supervised":
         trained = train_start(denoiser, data, plan, listener, run.checkpoint(0))
         denoiser = trained.denoiser
         metrics |= {"start_steps": trained.steps, "start_held_out": trained.held_out, "retreats": trained.retreats}
+        if plan.maps:
+            new = data.rows(slice(len(data) - min(held_out(len(data)), 2000), len(data))).to(plan.device)
+            metrics["hidden_variance"] = v = hidden_variance(denoiser, new, stream(plan.seed, "hidden variance", device=plan.device))
     gaussian = None
     if plan.start.kind == "gaussian":
         bar = listener.phase("start: Gaussian EM", GAUSSIAN_ITERATIONS)
@@ -176,7 +194,7 @@ def start_round(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listen
         if plan.start.kind == "gaussian":
             part = condition(gaussian, batch.observer, batch.obs, draw).x
         else:
-            part = first_samples(denoiser, batch, draw)
+            part = first_samples(denoiser, batch, draw, v)
         x[span], largest = part, max(largest, float(part.abs().max()))
         bar(span.stop)
     metrics["bound"] = 2 * largest
@@ -222,48 +240,68 @@ def train_start(denoiser: MDAE, data: Data, plan: Plan, listener: Listener, chec
 
     bar = listener.phase("start: self-supervised training", plan.start_steps)
     seed = stream_seed(plan.seed, "self-supervised")
-    held_out = max(1, min(len(data) // 10, HELD_OUT))
-    return train(denoiser, loss, len(data), plan.start_steps, plan.batch, plan.rate, seed, held_out, plan.device, bar, checkpoint)
+    return train(denoiser, loss, len(data), plan.start_steps, plan.batch, plan.rate, seed, held_out(len(data)), plan.device, bar, checkpoint)
+
+
+def first_steps(plan: Plan) -> int:
+    """Steps of the first M-step: plan.start_steps where the start trained no network, or none of the many maps of levels; where later ones are
+    short, since observations take turns, two of them, for the levels below the observations' noise that the network has not met."""
+    if plan.start.kind == "gaussian" or plan.maps:
+        return plan.start_steps
+    return 2 * plan.steps if plan.refresh else plan.steps
+
+
+def held_out(count: int) -> int:
+    """Observations that the start's training is not shown, the last ones."""
+    return max(1, min(count // 10, HELD_OUT))
 
 
 def em_round(k: int, data: Data, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Array, Prior, dict[str, Any]]:
     """One E-step and one M-step: samples x (N, *S), the new prior, figures; data standardised. Leaves the chains in the folder."""
     prior = load_prior(run.round_path(k - 1) / "prior.safetensors", plan.device)
     clock, store = time.perf_counter(), lambda name, shape: run.scratch(k, name, shape)
+    rows = on_turn(k, len(data), plan.refresh, plan.seed)
     walk, relax = plan.walk, k > 1 and over_relaxes(k, plan, run.figure(k - 1, "sample_std"), scale)
     based = getattr(prior.denoiser, "base", None) is not None
     if k == 1 and not based:
         x = run.array(0, "samples").map(scale.standardise)
         draws, level = Draws(x, x, 0.0), None if plan.level is None else run.figure(0, "noise_std")
     else:
-        bar = listener.phase(f"round {k}: E-step", len(data))
-        walk = walk._replace(tau_last=walk.tau_relax) if relax else walk
+        some, generator = those_of(data, rows), stream(plan.seed, "e-step", k, device=plan.device)
+        bar = listener.phase(f"round {k}: E-step", len(some))
+        walk = relaxed_walk(some, walk) if relax else walk
         chains, bound = run.array(k - 1, "chains") if k > 1 else None, run.figure(0, "bound")
         if walk.pool and not (based and not prior.denoiser.departs()):
             chains = restart(prior, data, chains, walk.pool, walk.tau_first, stream(plan.seed, "pool", k, device=plan.device), store)
-        draw = stream(plan.seed, "e-step", k, device=plan.device)
-        draws = e_step(prior.denoiser, data, chains, walk, draw, bound, bar, plan.walk.tau_last, store, run.checkpoint(k, "walk"))
+        walker = for_sampling(prior, plan.device, plan.compile).denoiser
+        draws = e_step(walker, some, rows_of(chains, rows), walk, generator, bound, bar, plan.walk.tau_last, store, run.checkpoint(k, "walk"))
         draws = draws._replace(**{name: getattr(draws, name).commit() for name in ("y", "x", "sample") if getattr(draws, name) is not None})
         if plan.level is not None:
             complete = (draws.y, draws.tau) if draws.sample is None else (draws.sample, 0.0)
-            level = scale.std * updated_level(data, *complete, stream(plan.seed, "noise", k))
+            level = scale.std * updated_level(some, *complete, stream(plan.seed, "noise", k))
         draws = over_relaxed(draws) if relax else draws
     extra, draw = math.sqrt(max(plan.walk.tau_last**2 - draws.tau**2, 0.0)), stream(plan.seed, "chains", k)
-    fill(run.new_array(k, "chains", draws.y.shape), draws.y, lambda y: y + extra * torch.randn(y.shape, generator=draw)).close()
+    end = lambda y: y + extra * torch.randn(y.shape, generator=draw)  # noqa: E731
+    x, pairs = draws.x if draws.sample is None else draws.sample, drawn(draws)
+    if rows is None:
+        fill(run.new_array(k, "chains", draws.y.shape), draws.y, end).close()
+    else:
+        ends = fill(store("ends", draws.y.shape), draws.y, end).commit()
+        merged = in_place(rows, ends, ~draws.kept, chains)
+        x = in_place(rows, x, ~draws.kept, run.array(k - 1, "samples").map(scale.standardise))
+        pairs = Draws(fill(run.new_array(k, "chains", merged.shape), merged, lambda y: y).commit(), x, plan.walk.tau_last)
     seconds_e, clock = time.perf_counter() - clock, time.perf_counter()
-    pairs = drawn(draws)
-    maps = level_maps(data) if plan.walk.guidance == "fused" else None
     if based:
         pairs = shuffled(pairs, stream(plan.seed, "held out"))
-    loss = PairLoss(pairs, plan.walk.tau_last, maps, even=based)
-    steps = plan.start_steps if k == 1 and (plan.start.kind == "gaussian" or maps is not None) else plan.steps
+    loss = PairLoss(pairs, plan.walk.tau_last, level_maps(data) if plan.maps else None, even=based)
+    steps = first_steps(plan) if k == 1 else plan.steps
     count = len(pairs.x) - (max(1, len(pairs.x) // 10) if based else 0)
     bar = listener.phase(f"round {k}: M-step", steps)
     seed = stream_seed(plan.seed, "m-step", k)
     trained = train(prior.denoiser, loss, count, steps, plan.batch, plan.rate, seed, 0, plan.device, bar, run.checkpoint(k))
     if based:
-        held_out, draw = torch.arange(count, len(pairs.x)), stream(plan.seed, "keep", k, device=plan.device)
-        trained.denoiser.keep = keep(trained.denoiser, loss.inputs, held_out, draw)
+        unseen, draw = torch.arange(count, len(pairs.x)), stream(plan.seed, "keep", k, device=plan.device)
+        trained.denoiser.keep = keep(trained.denoiser, loss.inputs, unseen, draw)
     metrics = {
         "over_relaxed": bool(relax),
         "loss": trained.loss,
@@ -277,7 +315,7 @@ def em_round(k: int, data: Data, scale: Scale, plan: Plan, run: Run, listener: L
         "seconds_m": time.perf_counter() - clock,
         **({} if plan.level is None else {"noise_std": level}),
     }
-    return draws.x if draws.sample is None else draws.sample, prior._replace(denoiser=trained.denoiser), metrics
+    return x, prior._replace(denoiser=trained.denoiser), metrics
 
 
 def shuffled(draws: Draws, generator: torch.Generator) -> Draws:

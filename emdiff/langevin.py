@@ -99,6 +99,15 @@ def start_velocity(y: Tensor, u: float, generator: torch.Generator | None = None
     return State(y, math.sqrt(u) * _noise(y, generator))
 
 
+def collapsed(sigma: float, count: int, u: float = 1.0) -> tuple[float, float]:
+    """Level and inverse mass of the walk of one measurement that is the mean of a walk of `count` measurements of level sigma and inverse mass u.
+
+    >>> collapsed(1.0, 64, 1.0)
+    (0.125, 0.015625)
+    """
+    return sigma / math.sqrt(count), u / count
+
+
 def walk(
     score: Score,
     state: State,

@@ -4,15 +4,15 @@ MDAE (pooled): the network sees ybar alone, which loses nothing (measurement), c
 level, maps of levels included. With precision p = 1/tau^2 and data standardised to variance 1 (preconditioning after Elucidating the
 Design Space of Diffusion-Based Generative Models, Karras et al. 2022, Table 1, entry by entry):
 
-    xhat = k ybar + ((1-k)^2 + k (1-k) spread^2)^(1/2) F(z, c),      k = spread^2 p / (1 + spread^2 p),      c = log(1 + p)/2
+    xhat = (1-q) ybar + (q (spread^2 + (1 - spread^2) q))^(1/2) F(z, c),      q = 1 / (1 + spread^2 p),      c = log(1 + p)/2
     z = w ybar / mean(w)^(1/2),      w = p/(1+p),  the mean over the entries of the datum
 
 z has variance 1 on average over a datum; where all its levels are equal it is sqrt(p/(1+p)) ybar, Karras's. Where they differ, entries count by
 their Wiener gain w: with sqrt(p/(1+p)) entry by entry, those measured coarsely would enter as unit noise, which a convolution mixes with the
 others before any non-linearity could tell them apart (docs/method.md, Levels per entry).
 
-spread = 1 is the paper's choice, with k = p/(1+p) and (1+p)^(-1/2) before F. A smaller spread, the std of an entry given its surroundings rather than
-its marginal std, passes less noise for F to cancel at coarse levels (docs/method.md, The start).
+spread = 1 is the paper's choice, with 1-q = p/(1+p) and (1+p)^(-1/2) before F. A smaller spread, the std of an entry given its surroundings
+rather than its marginal std, passes less noise for F to cancel at coarse levels (docs/method.md, The start).
 
 With a base, for vectors: xhat = D0(ybar, tau) + keep(c) (1+p)^(-1/2) F(z, c), D0 the exact denoiser of a mixture of Gaussians that was fitted to
 the observations (mixture, components). F is 0 at first, so learning starts at that mixture and finds only the departure from it; keep, piecewise
@@ -68,9 +68,9 @@ class MDAE(Denoiser):
         if self.base is not None:
             base = self.base.xhat(y, sigma)
             return base + self.departure(ybar, p) if self.departs() else base
-        skip = self.spread**2 * p / (1 + self.spread**2 * p)
-        scale = torch.sqrt((1 - skip).square() + skip * (1 - skip) * self.spread**2)
-        return skip * ybar + scale * self._backbone(ybar, p)
+        rest = (1 + self.spread**2 * p).reciprocal_()
+        scale = (rest * (self.spread**2 + (1 - self.spread**2) * rest)).sqrt_()
+        return torch.addcmul((1 - rest) * ybar, scale, self._backbone(ybar, p))
 
     def departs(self) -> bool:
         """Whether the prior differs from its base."""

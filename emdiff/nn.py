@@ -53,7 +53,7 @@ class ResBlock(nn.Module):
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
         """h (B, width, *space), e (B or 1, embed, *space or ones) -> (B, width, *space)."""
         a, b = self.film(e).chunk(2, dim=1)
-        return h + self.conv2(F.silu((1 + a) * self.conv1(F.silu(h)) + b))
+        return h + self.conv2(F.silu(torch.addcmul(b, 1 + a, self.conv1(F.silu(h)))))
 
 
 class UNet(nn.Module):
@@ -110,9 +110,9 @@ class UNet(nn.Module):
         """z (B, *S), c (B or 1, *S or ones) -> (B, *S)."""
         B, space = z.shape[0], self.shape[-self.dims :]
         pad = tuple(side for length in reversed(space) for side in (0, -length % self.patch))
-        h = F.pad(z.reshape(B, -1, *space), pad)
+        h = _pad(z.reshape(B, -1, *space), pad, "constant")
         if self.maps:
-            h = torch.cat([h, F.pad(self._level_map(c, B), pad, mode="replicate")], dim=1)
+            h = torch.cat([h, _pad(self._level_map(c, B), pad, "replicate")], dim=1)
         h = self.stem(fold(h.contiguous(memory_format=LAYOUTS[self.dims]), self.patch))
         e = self._embedding(c, pad)
         skips, embeds = [], []
@@ -133,7 +133,8 @@ class UNet(nn.Module):
 
     def _mean_level(self, c: Tensor) -> Tensor:
         """c with one channel and the axes of space: channels of one datum share the mean of their levels."""
-        return c.reshape(c.shape[0], -1, *c.shape[-self.dims :]).mean(1, keepdim=True)
+        c = c.reshape(c.shape[0], -1, *c.shape[-self.dims :])
+        return c if c.shape[1] == 1 else c.mean(1, keepdim=True)
 
     def _level_map(self, c: Tensor, batch: int) -> Tensor:
         """The features of c at every entry of space, shape (batch, 2, *space)."""
@@ -143,8 +144,13 @@ class UNet(nn.Module):
         """Embed c at the resolution of the stem: one vector where c is constant over the datum, a map where it is not."""
         c = self._mean_level(c)
         if c.shape[2:].numel() != 1:
-            c = POOLS[self.dims](F.pad(c.expand(-1, -1, *self.shape[-self.dims :]), pad, mode="replicate"), self.patch)
+            c = POOLS[self.dims](_pad(c.expand(-1, -1, *self.shape[-self.dims :]), pad, "replicate"), self.patch)
         return self.embed(level_features(c))
+
+
+def _pad(h: Tensor, pad: tuple[int, ...], mode: str) -> Tensor:
+    """F.pad, without the copy that it makes where there is nothing to pad."""
+    return F.pad(h, pad, mode=mode) if any(pad) else h
 
 
 def fold(h: Tensor, patch: int) -> Tensor:

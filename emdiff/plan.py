@@ -15,12 +15,12 @@ from emdiff.data import Data, batches, observer_name
 from emdiff.em import Walk, choose_guidance
 from emdiff.errors import UsageError
 from emdiff.files import sha256
-from emdiff.fit import Plan, level_maps
+from emdiff.fit import Plan, first_steps, level_maps
 from emdiff.gaussian import DENSE
 from emdiff.noise import depends_on_signal
 from emdiff.pool import applies, noise
-from emdiff.posterior import default_pool, default_tau_first
-from emdiff.prior import Prior, check_any_level, choose_network, load_prior
+from emdiff.posterior import default_batch, default_pool, default_tau_first
+from emdiff.prior import TAU_FIRST, Prior, check_any_level, choose_network, load_prior
 from emdiff.rows import evenly
 from emdiff.scale import Scale
 from emdiff.start import Choice, choose_start
@@ -64,20 +64,24 @@ def make_plan(config: Config, data: Data, scale: Scale, device: str) -> tuple[Pl
     if not tau_first > tau_last:
         raise UsageError(f"--walk.tau-first {tau_first:g} is not above --walk.tau-last {tau_last:g}; levels fall from first to last")
     if guidance != "fused" and not math.isfinite(tau_first):
-        raise UsageError(f"--walk.tau-first has to be finite with guidance {guidance}; 0.8 is a good value")
-    batch = walk["batch"] or (4096 if device == "cuda" else 500)
+        raise UsageError(f"--walk.tau-first has to be finite with guidance {guidance}; {TAU_FIRST:g} starts every walk anew")
+    batch = walk["batch"] or default_batch(device)
     chosen = Walk(**{**walk, "guidance": guidance, "tau_first": tau_first, "tau_last": tau_last, "batch": batch, "pool": pool})
     relax = config["relax"] if config["relax"] is not None else 0 if start.kind == "mixture" else default_relax(relative, walk["tau_relax"])
     if relax and not tau_first > walk["tau_relax"]:
         raise UsageError(f"--walk.tau-relax {walk['tau_relax']:g} is not below --walk.tau-first {tau_first:g}; lower it, or give --relax 0")
-    network = choose_network(data.shape, guidance == "fused" and level_maps(data) is not None)
+    maps = guidance == "fused" and level_maps(data) is not None
+    network = choose_network(data.shape, maps)
     if config.get("init_prior"):
         network = read_init_prior(Path(config["init_prior"]), data, tau_last).network
-    steps = train["steps"] or default_steps(len(data), device, network["kind"])
+    refresh = default_refresh(len(data), guidance, network["kind"], device) if train["refresh"] is None else train["refresh"]
+    if refresh and guidance != "fused":
+        raise UsageError(f"--train.refresh {refresh}: chains take turns with fused guidance only, and this is {guidance}; give 0")
+    steps = train["steps"] or default_steps(refresh // 2 or len(data), device, network["kind"])
     plan = Plan(
-        config["iters"], start, chosen, network, train["start_steps"], steps, train["batch"], train["rate"], relax,
-        seed=config["seed"], device=device, stop=config["stop"] == "auto", level=noise_range(data)[0] if config["noise_std"] == "auto" else None,
-        init_prior=config.get("init_prior"),
+        config["iters"], start, chosen, network, train["start_steps"], steps, train["batch"], train["rate"], refresh, relax,
+        maps=maps, seed=config["seed"], device=device, stop=config["stop"] == "auto",
+        level=noise_range(data)[0] if config["noise_std"] == "auto" else None, compile=config["compile"], init_prior=config.get("init_prior"),
     )  # fmt: skip
     return plan, {"start": start.reason, "guidance": reason}
 
@@ -133,8 +137,14 @@ def default_relax(noise: float, tau_relax: float) -> int:
     return NO_LIMIT if noise > 2 * tau_relax else 0
 
 
+def default_refresh(count: int, guidance: str, network: str, device: str) -> int:
+    """A fifth of more than 5000 observations where walks start anew and are slow; 0, which is all, elsewhere."""
+    return -(-count // 5) if (guidance, network, device) == ("fused", "unet", "cpu") and count > 5000 else 0
+
+
 def default_steps(count: int, device: str, network: str) -> int:
-    """Steps of an M-step: about 20 passes over the data, at least 200, at most 4000 on a GPU, and on a CPU 400, or 2000 for an MLP."""
+    """Steps of an M-step: about 20 passes over the data (10 over those whose turn it is), at least 200, at most 4000 on a GPU, and on a CPU 400, or
+    2000 for an MLP."""
     return int(min(max(200, 20 * count / 128), 4000 if device == "cuda" else 2000 if network == "mlp" else 400))
 
 
@@ -149,12 +159,15 @@ def check_ranges(walk: Config, train: Config, relax: int | None) -> None:
         ("--walk.delta", walk["delta"], 1e-6, 2.0),
         ("--walk.gamma", walk["gamma"], 1e-6, 1e6),
         ("--walk.iterations", walk["iterations"], 1, 1000),
+        ("--walk.tolerance", walk["tolerance"], 1e-12, 10.0),
+        ("--walk.coarse", walk["coarse"], 0.0, math.inf),
         ("--walk.batch", walk["batch"], 1, 10**7),
         ("--walk.pool", walk["pool"], 0, 10**6),
         ("--train.steps", train["steps"], 1, 10**8),
         ("--train.start-steps", train["start_steps"], 1, 10**8),
         ("--train.batch", train["batch"], 1, 10**6),
         ("--train.rate", train["rate"], 1e-8, 1.0),
+        ("--train.refresh", train["refresh"], 0, 10**9),
         ("--relax", relax, 0, 10**6),
     ]
     for flag, value, low, high in rules:
@@ -166,7 +179,7 @@ def resolved_config(config: Config, plan: Plan) -> Config:
     """The configuration with nothing left open, in the form that `emdiff fit --config` reads."""
     walk = {k: v for k, v in plan.walk._asdict().items() if k != "guidance"}
     walk["tau_first"] = None if math.isinf(plan.walk.tau_first) else plan.walk.tau_first
-    train = {"steps": plan.steps, "start_steps": plan.start_steps, "batch": plan.batch, "rate": plan.rate}
+    train = {"steps": plan.steps, "start_steps": plan.start_steps, "batch": plan.batch, "rate": plan.rate, "refresh": plan.refresh}
     chosen = {"start": plan.start.kind, "guidance": plan.walk.guidance, "relax": plan.relax, "device": plan.device}
     if plan.init_prior is not None:
         chosen["start"] = config["start"]
@@ -200,9 +213,11 @@ def print_plan(data: Data, scale: Scale, plan: Plan, reasons: dict[str, str], ou
     print(
         f"walk          {walk.levels} levels from {first} to {walk.tau_last * scale.std:.3g} (in the data's units), {walk.steps} Langevin steps each"
     )
+    if plan.refresh:
+        print(f"turns         {plan.refresh} observations are walked anew in each iteration; the M-step keeps the last pairs of the others")
     if walk.pool:
         print(f"chains        restart in every iteration from {walk.pool} prior samples, resampled by each observation's likelihood")
-    print(f"prior         {plan.network['kind']}, {plan.steps} steps of {plan.batch} per M-step, on {plan.device}")
+    print(f"prior         {plan.network['kind']}, {plan.steps} steps of {plan.batch} per M-step, {first_steps(plan)} in the first, on {plan.device}")
     limit = "" if plan.relax == NO_LIMIT else f", up to iteration {plan.relax}"
     relaxed = f"over-relaxed where the samples spread more than the data do{limit}" if plan.relax else "exact"
     print(f"iterations    {plan.iters}; {relaxed}")

@@ -16,12 +16,15 @@ from emdiff.errors import UsageError
 from emdiff.langevin import STEPS
 from emdiff.noise import depends_on_signal, with_counts
 from emdiff.pool import applies, restart
-from emdiff.prior import Prior
+from emdiff.prior import TAU_FIRST, Prior
 from emdiff.reading import number, read_yaml
 from emdiff.runs import latest_prior, round_metrics, round_of
 
 BURN_IN = 5
 """Passes of persistent chains that start at the mean, before the first sample is taken."""
+
+FORGOTTEN = 5.0
+"""Level, in units of the data's std, from which a walk is independent of where its chain was, for all that a sample shows."""
 
 
 class Posterior(NamedTuple):
@@ -41,17 +44,21 @@ class Posterior(NamedTuple):
 
 
 def run_walk(run: Path, data: Data, device: str) -> Walk:
-    """The walk a run was made with, with the guidance that these observations allow.
+    """The walk a run was made with, and its guidance; auto's choice where these observations do not allow that.
 
     Raises:
         UsageError: if the run's configuration cannot be read, or holds no walk.
     """
     file = run / "config.yaml"
-    stored, known = read_yaml(file).get("walk"), Walk()._asdict()
-    if not isinstance(stored, dict):
+    config, known = read_yaml(file), Walk()._asdict()
+    stored, wanted = config.get("walk"), config.get("guidance", "auto")
+    if not isinstance(stored, dict) or wanted not in ("auto", "fused", "cg", "gmres"):
         raise UsageError(f"{file}: holds no settings of a walk; restore the file")
-    guidance, _ = choose_guidance(data, "auto")
-    walk = {**known, **stored, "guidance": guidance, "batch": 4096 if device == "cuda" else 500}
+    try:
+        guidance, _ = choose_guidance(data, wanted)
+    except ValueError:
+        guidance, _ = choose_guidance(data, "auto")
+    walk = {**known, **stored, "guidance": guidance, "batch": default_batch(device)}
     walk["pool"] = default_pool(data, guidance) if stored.get("pool") is None else stored["pool"]
     walk["tau_first"] = stored.get("tau_first") or default_tau_first(guidance, walk["pool"])
     for name, value in walk.items():
@@ -71,9 +78,14 @@ def default_pool(data: Data, guidance: str) -> int:
 
 
 def default_tau_first(guidance: str, pool: int) -> float:
-    """Where chains re-enter: anew from the observation where it is one more measurement; close to where a pool puts them; else as far up as moment
-    matching holds."""
-    return math.inf if guidance == "fused" else 0.3 if pool else 0.8
+    """Where chains re-enter: anew from the observation where it is one more measurement; close to where a pool puts them; else where next to nothing
+    of where they were is left."""
+    return math.inf if guidance == "fused" else 0.3 if pool else TAU_FIRST
+
+
+def default_batch(device: str) -> int:
+    """Chains at once: on a CPU no more than fill it, since larger batches are not faster and take more memory (docs/speed.md)."""
+    return 4096 if device == "cuda" else 128
 
 
 def check_shape(prior: Prior, data: Data, run: Path) -> None:
@@ -113,8 +125,8 @@ def sample_posterior(
 ) -> Posterior:
     """Draw `count` samples of x | obs for every observation.
 
-    Where every walk starts anew (walk.tau_first infinite) samples are independent given the prior, and so are those that start from a pool, except
-    for data that the pool cannot serve (pool); else they are successive states of persistent chains, after BURN_IN passes.
+    Where every walk starts anew (walk.tau_first infinite, or FORGOTTEN and more) samples are independent given the prior, and so are those that start
+    from a pool, except for data that the pool cannot serve (pool); else they are successive states of persistent chains, after BURN_IN passes.
 
     Args:
         prior: The prior, on the generator's device.
@@ -127,7 +139,7 @@ def sample_posterior(
     standard = prior.scale.observations(data)
     persistent = math.isfinite(walk.tau_first)
     chains = torch.zeros(len(data), *data.shape) if persistent else None
-    burn_in = BURN_IN if persistent and not walk.pool else 0
+    burn_in = BURN_IN if walk.tau_first < FORGOTTEN and not walk.pool else 0
     x = torch.empty(len(data), count, *data.shape)
     restarted, residual, iterations = 0, 0.0, 0.0
     for i in range(-burn_in, count):

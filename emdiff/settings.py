@@ -10,7 +10,7 @@ class WalkSettings:
 
     Args:
         tau_first: Level at which chains re-enter their walk. Unset: with fused guidance every walk starts anew from its observation; with cg
-            or gmres 0.3 where chains restart from a pool, else 0.8, above which moment matching is poor.
+            or gmres 0.3 where chains restart from a pool, else 20, which leaves nothing of where a chain was.
         tau_last: Level of the last jump: structure finer than this is not resolved. Unset: 0.1, or half the noise of the observations if finer.
         tau_relax: Level of the last jump in over-relaxed iterations.
         levels: Levels from first to last, one network evaluation each.
@@ -19,7 +19,9 @@ class WalkSettings:
         gamma: Their friction, per unit time in which the level is 1.
         step: Their discretisation: sachs (Algorithm 1), cheng (Algorithm 2) or overdamped.
         iterations: Most solver iterations per step, with cg and gmres.
-        batch: Chains walked at once. Unset: 500 on a CPU, 4096 on a GPU.
+        tolerance: Largest error of a step's estimate that an unfinished solve may leave, in units of the level.
+        coarse: Level above which a solve takes one iteration only.
+        batch: Chains walked at once. Unset: 128 on a CPU, 4096 on a GPU.
         pool: Prior samples, resampled by each observation's likelihood, from which chains restart in every iteration; 0 for chains that go on from
             where they were. Unset: 8192 with cg or gmres where x has at most 128 entries, else 0.
     """
@@ -33,6 +35,8 @@ class WalkSettings:
     gamma: float = 1.0
     step: Literal["sachs", "cheng", "overdamped"] = "sachs"
     iterations: int = 3
+    tolerance: float = 0.05
+    coarse: float = 1.0
     batch: Optional[int] = None
     pool: Optional[int] = None
 
@@ -47,12 +51,15 @@ class TrainSettings:
             Gaussian start, which trains no network.
         batch: Data per step.
         rate: Learning rate of Adam.
+        refresh: Observations walked anew in each iteration, in turn; the M-step trains on all, with the last pair of those it is not the turn of.
+            0 for all. Unset: a fifth of more than 5000 images whose observations are fused on a CPU, else all.
     """
 
     steps: Optional[int] = None
     start_steps: int = 1200
     batch: int = 128
     rate: float = 2e-3
+    refresh: Optional[int] = None
 
 
 @dataclass

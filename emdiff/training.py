@@ -4,8 +4,8 @@ A loss is a function (denoiser, index, generator) -> scalar: it draws its own me
 so clean data, pairs and recorrupted observations are all trained by the same loop. Everything random comes from one generator seeded per
 training, so a training that is started again gives the same weights on the same machine.
 
-The moving average forgets over a fifth of the training, min(decay, (1 + i)/(10 + i)) at step i, and is fresh in every training. Where the length is
-known beforehand the rate falls to 0: what is left of the noise of the gradients would enter every sample of the next E-step, and the
+The moving average forgets over a fifth of the training, min(decay, (1 + i)/(10 + i)) at step i, and is fresh in every training. In an
+M-step the rate falls to 0: what is left of the noise of the gradients would enter every sample of the next E-step, and the
 prior's variance would creep up from iteration to iteration (docs/method.md).
 
 A training that is done in parts hands its memory from one part to the next: weights, average, the optimiser's state, the number of steps
@@ -197,8 +197,9 @@ class Learner(pl.LightningModule):
 class HeldOut(pl.Callback):
     """Ends a training when the average's loss on held-out data has not improved for `patience` checks, and keeps the best."""
 
-    def __init__(self, index: Tensor, every: int, patience: int, repeats: int = 4) -> None:
-        self.index, self.every, self.patience, self.repeats = index, every, patience, repeats
+    def __init__(self, index: Tensor, every: int, patience: int, looks: int = 2048) -> None:
+        self.index, self.every, self.patience = index, every, patience
+        self.repeats = min(4, max(1, looks // len(index)))
         self.best, self.best_step, self.weights = float("inf"), 0, None
 
     def remembered(self) -> tuple[dict[str, Any], dict[str, Tensor]]:

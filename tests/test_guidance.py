@@ -185,7 +185,7 @@ def test_gmres_solves_the_system_of_a_jacobian_that_is_not_symmetric(name: str) 
     xhat = y.mean(1) @ Skewed.J.T
     gap = obs - torch.einsum("bod,bd->bo", A, xhat)
     expected = xhat + torch.einsum("de,boe,bo->bd", V, A, torch.linalg.solve(R + A @ V @ A.mT, gap))
-    target = PosteriorDenoiser(Skewed(), made, obs, "gmres", d)
+    target = PosteriorDenoiser(Skewed(), made, obs, "gmres", d, 1e-10)
     torch.testing.assert_close(target.xhat(y, sigma), expected, rtol=1e-7, atol=1e-8)
 
 
@@ -193,3 +193,42 @@ def test_an_unknown_solver_is_refused() -> None:
     made, obs = observed("identity")
     with pytest.raises(ValueError, match="unknown solver 'lu'; choose from cg, gmres"):
         PosteriorDenoiser(prior(), made, obs, "lu")
+
+
+@observers
+@solvers
+@pytest.mark.parametrize("tau", [0.1, 1.0, 10.0])
+def test_an_unfinished_solve_leaves_an_error_below_its_tolerance_in_units_of_the_level(name: str, solver: str, tau: float) -> None:
+    """|error of the jump| <= tolerance tau d^(1/2) by the bound of the module, at every level; and it does stop early."""
+    made, obs = observed(name)
+    y, sigma = prior().mean + tau * normal(B, 1, *S, seed=30), torch.tensor([tau], dtype=torch.float64)
+    exact = PosteriorDenoiser(prior(), made, obs, solver, 80 if solver == "cg" else d, 1e-12).xhat(y, sigma)
+    used = []
+    for tolerance in (0.3, 0.03):
+        target = PosteriorDenoiser(prior(), made, obs, solver, 80 if solver == "cg" else d, tolerance)
+        error = (target.xhat(y, sigma) - exact).flatten(1).norm(dim=1)
+        assert (error <= tolerance * tau * math.sqrt(d)).all()
+        used.append(float(target.solve.iterations.double().mean()))
+    assert used[0] < used[1] or used[1] <= 1
+
+
+def test_above_the_coarse_level_a_solve_takes_one_iteration() -> None:
+    made, obs = observed("projection")
+    target = PosteriorDenoiser(prior(), made, obs, "cg", 9, 1e-9, coarse=1.0)
+    for tau, most in ((3.0, 1), (1.0, 9)):
+        target.xhat(Y[:, :1], torch.tensor([tau], dtype=torch.float64))
+        assert (target.solve.iterations <= most).all() and (target.solve.iterations > 1).any() == (most > 1)
+    target.xhat(Y, torch.full((M,), math.sqrt(M) * 0.9, dtype=torch.float64))
+    assert (target.solve.iterations > 1).any()
+    target.xhat(Y, torch.full((1, M, *S), math.sqrt(M) * 1.1, dtype=torch.float64))
+    assert (target.solve.iterations == 1).all()
+
+
+def test_the_solution_of_a_level_is_the_first_direction_of_the_next() -> None:
+    """Asked again at the same y, a solve that took several iterations takes one."""
+    made, obs = observed("projection")
+    target = PosteriorDenoiser(prior(), made, obs, "cg", 80, 1e-6)
+    first = target.xhat(Y, LEVELS)
+    assert (target.solve.iterations > 1).all()
+    torch.testing.assert_close(target.xhat(Y, LEVELS), first, rtol=1e-5, atol=1e-5)
+    assert (target.solve.iterations == 1).all()

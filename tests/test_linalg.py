@@ -171,3 +171,74 @@ def test_lanczos_of_zero_is_zero_and_data_do_not_mix() -> None:
     assert (whole[0] == 0).all()
     for i in range(1, B):
         torch.testing.assert_close(lanczos_sqrt(lambda p, i=i: times(A[i : i + 1], p), rhs[i : i + 1], 3)[0], whole[i])
+
+
+def test_a_guess_in_the_direction_of_the_solution_takes_one_product_whatever_its_length() -> None:
+    A = systems()
+    x = torch.linalg.solve(A, b.flatten(1)).reshape(b.shape)
+    for length in (1.0, -0.01, 300.0):
+        solve = cg(products(A, C), b, 8, 1e-9, length * x)
+        torch.testing.assert_close(solve.x, x, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(solve.image, torch.einsum("boj,bj->bo", C, x.flatten(1)), rtol=1e-6, atol=1e-9)
+        assert solve.iterations.tolist() == [1] * B
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3])
+def test_cg_with_a_guess_minimises_the_energy_norm_over_the_span_of_its_directions(iterations: int) -> None:
+    """The guess p0, then the residual after it and its powers: A-projections of the solution onto span(p0, r1, A r1 - ...)."""
+    A, guess = systems(), normal(B, *S, seed=6)
+    seen = []
+
+    def recorded(p: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(p.flatten(1))
+        return products(A, C)(p)
+
+    got = cg(recorded, b, iterations, 1e-12, guess).x.flatten(1)
+    torch.testing.assert_close(seen[0], guess.flatten(1))
+    rows = slice(1, B)  # the first datum's system is the identity: it is solved after two directions
+    P, A, got, rhs = torch.stack(seen, -1)[rows], A[rows], got[rows], b.flatten(1)[rows]
+    conjugate = torch.einsum("bdi,bde,bej->bij", P, A, P)
+    scale = conjugate.diagonal(dim1=1, dim2=2).sqrt()
+    torch.testing.assert_close(
+        conjugate / scale[:, :, None] / scale[:, None, :], torch.eye(iterations, dtype=P.dtype).expand(B - 1, -1, -1), atol=1e-8, rtol=0
+    )
+    best = torch.einsum("bdk,bk->bd", P, torch.einsum("bdk,bd->bk", P, rhs) / conjugate.diagonal(dim1=1, dim2=2))
+    torch.testing.assert_close(got, best, rtol=1e-6, atol=1e-9)
+
+
+def test_a_guess_of_zero_is_none() -> None:
+    A, guess = systems(), normal(B, *S, seed=6)
+    guess[::2] = 0
+    mixed, plain, guessed = (cg(products(A, C), b, 3, 1e-12, start) for start in (guess, None, normal(B, *S, seed=6)))
+    torch.testing.assert_close(mixed.x[::2], plain.x[::2], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(mixed.x[1::2], guessed.x[1::2])
+
+
+@both
+def test_a_tolerance_per_datum_stops_each_at_its_own_and_one_above_1_needs_no_product(name: str) -> None:
+    tolerance = torch.tensor([2.0, 0.5, 0.1, 1e-2, 1e-3], dtype=torch.float64)
+    solve = SOLVERS[name](products(systems(), C), b, 40 if name == "cg" else d, tolerance)
+    assert (solve.residual <= tolerance).all() and solve.iterations[0] == 0 and (solve.x[0] == 0).all()
+    for i in range(B):
+        one = SOLVERS[name](products(systems()[i : i + 1], C[i : i + 1]), b[i : i + 1], 40 if name == "cg" else d, tolerance[i : i + 1])
+        torch.testing.assert_close(one.x[0], solve.x[i])
+        assert one.iterations[0] == solve.iterations[i]
+    none = SOLVERS[name](products(systems(), C), b, 4, 2.0)
+    assert none.image is None and (none.x == 0).all() and (none.residual == 1).all()
+
+
+@pytest.mark.parametrize("guess", [None, normal(B, *S, seed=6)], ids=["no guess", "guess"])
+def test_few_data_go_on_alone_and_end_where_they_would_have(guess: Tensor | None) -> None:
+    """The last datum needs many iterations, the others one or none: its products are made for it alone, and nothing else changes."""
+    A, sizes = systems(), []
+    tolerance = torch.tensor([2.0, 2.0, 2.0, 2.0, 1e-10], dtype=torch.float64)
+
+    def restrict(index: Tensor):
+        part = products(A[index], C[index])
+        return lambda p: sizes.append(len(p)) or part(p)
+
+    whole = cg(products(A, C), b, 5, tolerance, guess)
+    some = cg(products(A, C), b, 5, tolerance, guess, restrict)
+    assert sizes == [1] * 4
+    for got, expected in zip(some, whole):
+        torch.testing.assert_close(got, expected)

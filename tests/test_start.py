@@ -12,7 +12,7 @@ from torch import Tensor
 
 from emdiff.denoise import GaussianDenoiser
 from emdiff.observations import Observations
-from emdiff.start import choose_start, first_samples, recorrupt, self_supervised_loss
+from emdiff.start import choose_start, first_samples, hidden_variance, recorrupt, self_supervised_loss
 from observers import Identity, Mask, Observer, Projection
 
 S, d = (2, 3), 6
@@ -146,7 +146,8 @@ def test_the_start_is_self_supervised_where_parts_of_observations_predict_each_o
 
 
 def test_first_samples_of_a_gaussian_have_its_posterior_as_their_law(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without sampling: from zero noise and unit noises."""
+    """Without sampling: from zero noise and unit noises, with enough products for V^(1/2) to be exact."""
+    monkeypatch.setattr("emdiff.start.LANCZOS", 8)
     prior = GaussianDenoiser.from_covariance(normal(*S, seed=7), covariance(d))
     obs, mean, V, one = first_posterior(prior, "identity")
     with monkeypatch.context() as patch:
@@ -157,7 +158,44 @@ def test_first_samples_of_a_gaussian_have_its_posterior_as_their_law(monkeypatch
     torch.testing.assert_close(L.T @ L, torch.from_numpy(V), rtol=1e-3, atol=1e-4)
 
 
-def test_first_samples_with_missing_entries_are_the_posterior_mean() -> None:
+def half_seen(prior: GaussianDenoiser, count: int, n: float = 0.3) -> tuple[Observations, Tensor]:
+    """Data of a Gaussian on two entries seen and two unseen of its four, in an order of each datum's own; and which were seen."""
+    seen = uniform(count, 4, seed=11).argsort(1) < 2
+    made = Mask((4,), torch.tensor(n, dtype=torch.float64), seen)
+    return Observations(made.simulate(prior.sample(count, generator(7)), generator(8)), made), seen
+
+
+def equicorrelated(rho: float) -> GaussianDenoiser:
+    zero, one = torch.zeros(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
+    return GaussianDenoiser.from_covariance(zero, 2 * (rho * torch.ones_like(one) + (1 - rho) * one))
+
+
+def test_hidden_entries_tell_the_variance_of_an_entry_given_the_others() -> None:
+    """Entries hidden one at a time, of two seen: the variance given the other one, S_11 - S_12^2/(S_22 + n^2); 5 standard errors."""
+    for rho in (0.0, 0.8):
+        prior, count = equicorrelated(rho), 40_000
+        data, _ = half_seen(prior, count)
+        v = hidden_variance(prior, data, generator(9), 0.01)
+        expected = 2 - (2 * rho) ** 2 / (2 + 0.09)
+        assert v == pytest.approx(expected, abs=5 * (expected + 0.09) * math.sqrt(2 / (0.01 * 2 * count)) + 0.02)
+
+
+def test_deviations_of_first_samples_have_the_stated_variance_and_the_structure_of_the_posterior() -> None:
+    prior, v, n, count = equicorrelated(0.8), 0.7, 0.3, 40_000
+    data, seen = half_seen(prior, count, n)
+    xhat, x = first_samples(prior, data), first_samples(prior, data, generator(9), v)
+    gap = x - xhat
+    A = torch.eye(4, dtype=torch.float64)[:2]
+    S = prior.covariance()
+    V = S - S @ A.T @ torch.linalg.inv(A @ S @ A.T + n**2 * torch.eye(2, dtype=torch.float64)) @ A @ S
+    assert gap[~seen].square().mean().item() == pytest.approx(v, rel=1e-6)
+    assert gap[seen].square().mean().item() == pytest.approx(V[0, 0].item(), abs=5 * n**2 * math.sqrt(2 / (2 * count)))
+    assert (gap.mean(0).abs() < 5 * gap.std(0) / math.sqrt(count)).all(), "the mean of a sample is the estimate"
+    belief = (V[2, 3] / V[2, 2]).item()
+    assert torch.corrcoef(gap[~seen].reshape(-1, 2).T)[0, 1].item() > 0.9 > belief > 0.2, "one factor: what a measurement would move moves together"
+
+
+def test_first_samples_with_missing_entries_and_no_deviation_are_the_posterior_mean() -> None:
     prior = GaussianDenoiser.from_covariance(normal(*S, seed=7), covariance(d))
     obs, mean, _, one = first_posterior(prior, "mask")
     torch.testing.assert_close(first_samples(prior, Observations(obs, one)).flatten(), torch.from_numpy(mean), rtol=1e-6, atol=1e-7)

@@ -1,0 +1,247 @@
+"""What each part of EM's schedule is worth on MNIST: figures and time after each iteration, for every combination. Markdown tables and JSON lines.
+
+    python scripts/ablation.py --count 3000 --variants base turns short anchor        a table for each
+    python scripts/ablation.py --observer mask --count 3000 --variants base short
+    python scripts/ablation.py --quick                                               every variant on 200 digits, a minute or two
+
+A variant is a line of VARIANTS: what it changes of the first. All share start, observations and judge. The clock runs during start, E-steps and
+M-steps only, on the threads that torch has. The judge walks the first --judged observations, and as many of digits that EM never saw, twice with
+the prior of each iteration: error of one sample e, of the mean e - V with V half the mean square between two samples, chi2, std over the truth's;
+their ratio (e - V)/V is 1 for a calibrated prior, above 1 for one that is too sure of itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from emdiff.denoise import Denoiser
+from emdiff.em import Draws, PairLoss, Walk, drawn, e_step, over_relaxed, relaxed_walk
+from emdiff.fit import SPREAD, level_maps
+from emdiff.gaussian import condition, fit_gaussian
+from emdiff.mdae import MDAE
+from emdiff.metrics import residual_chi2
+from emdiff.observations import Observations
+from emdiff.prior import build_network, choose_network, set_precision
+from emdiff.scale import Scale, estimate_scale
+from emdiff.start import first_samples, hidden_variance, recorrupt, self_supervised_loss
+from emdiff.streams import stream, stream_seed
+from emdiff.training import Optimiser, train
+from observers import Identity, Mask
+
+HELD = 50_000
+"""First training digit that no fit sees."""
+
+
+COLUMNS = ("error", "mean", "ratio", "chi2", "std", "held error", "held mean", "held ratio")
+
+
+class Variant(NamedTuple):
+    """One combination.
+
+    Attributes:
+        start: "self-supervised" or "gaussian".
+        anneal: Let the start's learning rate fall to 0.
+        deviate: Behind masks, give first samples their deviation; else they are estimates.
+        turn: Share of the observations walked anew per iteration.
+        keep: Train on the last pairs of the others too.
+        steps: Steps of an M-step.
+        relax: "auto", "never", or "two": the first two E-steps.
+        anchor: Recorrupted observations per pair in the M-step's batches.
+        levels: Of the E-step's walk.
+        iters: Iterations.
+    """
+
+    start: str = "self-supervised"
+    anneal: bool = False
+    deviate: bool = True
+    turn: float = 1.0
+    keep: bool = True
+    steps: int = 400
+    relax: str = "auto"
+    anchor: float = 0.0
+    levels: int = 32
+    iters: int = 6
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "annealed start": {"anneal": True},
+    "estimates": {"deviate": False},
+    "gaussian": {"start": "gaussian"},
+    "turns": {"turn": 0.25},
+    "short": {"turn": 0.25, "steps": 200, "iters": 10},
+    "shorter": {"turn": 0.1, "steps": 80, "iters": 20},
+    "no memory": {"turn": 0.25, "steps": 200, "iters": 10, "keep": False},
+    "anchor": {"turn": 0.25, "steps": 200, "iters": 10, "anchor": 0.5},
+    "exact": {"turn": 0.25, "steps": 200, "iters": 10, "relax": "never"},
+    "relax twice": {"turn": 0.25, "steps": 200, "iters": 10, "relax": "two"},
+    "16 levels": {"turn": 0.25, "steps": 200, "iters": 10, "levels": 16},
+}
+"""By name, what differs from Variant's defaults."""
+
+
+class Anchored:
+    """The M-step's loss plus, per pair, `share` of the self-supervised one.
+
+    Both weigh a squared error by the inverse variance of its target, 1 + 1/tau^2 for pairs and 1/(sigma_z^2 (1 + 1/a^2) + 1/2) for recorrupted
+    observations, so that they add without another weight.
+    """
+
+    def __init__(self, pairs: PairLoss, data: Observations, share: float) -> None:
+        z, sigma = data.observer.as_measurement(data.obs)
+        self.pairs, self.z, self.sigma, self.share = pairs, z, sigma.expand(z.shape), share
+
+    def __call__(self, denoiser: MDAE, index: Tensor, generator: torch.Generator) -> Tensor:
+        """The loss of a batch of indices (B,), shape ()."""
+        i = torch.randint(len(self.z), (int(self.share * len(index)),), generator=generator)
+        anchor = self_supervised_loss(denoiser, recorrupt(self.z[i], self.sigma[i], generator))
+        return self.pairs(denoiser, index, generator) + self.share * anchor
+
+
+class Setting:
+    """Observations, their truth, and the judge, shared by all variants."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        with np.load(args.data) as file:
+            digits = torch.from_numpy(file["train_images"]).float() / 255
+        self.args, self.truth, self.held_truth = args, digits[: args.count], digits[HELD : HELD + args.judged]
+        self.raw, self.held_raw = self.observe(self.truth, "observe"), self.observe(self.held_truth, "held")
+        self.scale: Scale = estimate_scale(self.raw, stream(0, "scale"))
+        self.data, self.held = self.scale.observations(self.raw), self.scale.observations(self.held_raw)
+        self.maps, self.starts = level_maps(self.data), {}
+
+    def observe(self, x: Tensor, name: str) -> Observations:
+        """Noise of std .5, or three in four pixels missing and noise of std .1."""
+        g = stream(0, name)
+        seen = torch.rand(x.shape, generator=g) < 0.25
+        observer = Identity((28, 28), torch.tensor(0.5)) if self.args.observer == "identity" else Mask((28, 28), torch.tensor(0.1), seen)
+        return Observations(observer.simulate(x, g), observer)
+
+    def network(self) -> MDAE:
+        """Untrained, always the same."""
+        torch.manual_seed(stream_seed(0, "network"))
+        return set_precision(build_network((28, 28), **choose_network((28, 28), self.maps is not None)), "cpu")
+
+    def start(self, v: Variant) -> tuple[MDAE, Tensor, float]:
+        """Network, first samples (N, 28, 28) and the seconds they took; computed once for each kind."""
+        key = (v.start, v.anneal, v.deviate)
+        if key not in self.starts:
+            clock, g = time.perf_counter(), stream(0, "first samples")
+            denoiser, parts = self.network(), [self.data.rows(slice(i, i + 500)) for i in range(0, len(self.data), 500)]
+            if v.start == "gaussian":
+                gaussian = fit_gaussian(self.data, generator=stream(0, "gaussian"))
+                x = torch.cat([condition(gaussian, part.observer, part.obs, g).x for part in parts])
+            else:
+                denoiser = self.self_supervised(denoiser, v.anneal)
+                new = self.data.rows(slice(len(self.data) * 9 // 10, len(self.data)))
+                variance = hidden_variance(denoiser, new, g) if self.maps is not None and v.deviate else 0.0
+                x = torch.cat([first_samples(denoiser, part, g, variance) for part in parts])
+            self.starts[key] = denoiser, x, time.perf_counter() - clock
+        return self.starts[key]
+
+    def self_supervised(self, denoiser: MDAE, anneal: bool) -> MDAE:
+        """Train on recorrupted observations, a tenth held out."""
+        z, sigma = self.data.observer.as_measurement(self.data.obs)
+        sigma = sigma.expand(z.shape)
+        loss = lambda d, i, g: self_supervised_loss(d, recorrupt(z[i], sigma[i], g))  # noqa: E731
+        count, seed = len(z), stream_seed(0, "self-supervised")
+        how = Optimiser(rate=2e-3, anneal=anneal)
+        return train(denoiser, loss, count, self.args.start_steps, seed=seed, held_out=count // 10, optimiser=how).denoiser
+
+    def judge_start(self, x: Tensor) -> dict[str, float]:
+        """Figures of first samples."""
+        n = self.args.judged
+        x, truth = self.scale.restore(x[:n]), self.truth[:n]
+        error, chi2 = float((x - truth).square().mean()), float(residual_chi2(self.raw.rows(slice(0, n)), x).mean())
+        return dict.fromkeys(COLUMNS, math.nan) | {"error": error, "chi2": chi2, "std": float(x.std() / truth.std())}
+
+    def judge(self, denoiser: Denoiser) -> dict[str, float]:
+        """Figures of a prior: on observations that EM has, and on others."""
+        found = {}
+        first = slice(0, self.args.judged)
+        for name, data, raw, truth in (
+            ("", self.data.rows(first), self.raw.rows(first), self.truth[first]),
+            ("held ", self.held, self.held_raw, self.held_truth),
+        ):
+            x = [self.scale.restore(e_step(denoiser, data, None, Walk(), stream(0, "judge", name, i)).x) for i in range(2)]
+            error, V = sum(float((a - truth).square().mean()) for a in x) / 2, float((x[0] - x[1]).square().mean()) / 2
+            found |= {f"{name}error": error, f"{name}mean": error - V, f"{name}ratio": (error - V) / V}
+            found |= {f"{name}chi2": float(residual_chi2(raw, x[0]).mean()), f"{name}std": float(x[0].std() / truth.std())}
+        return found
+
+    def run(self, v: Variant) -> Iterator[dict[str, float]]:
+        """A row of figures for the start's samples, and one after every iteration."""
+        denoiser, x, clock = self.start(v)
+        yield {"iteration": 0, "seconds": clock, "relaxed": False, **self.judge_start(x)}
+        steps, count = v.steps if not self.args.quick else 5, len(x)
+        first = self.args.start_steps if v.start == "gaussian" or self.maps is not None else steps
+        y, tau, order, turn = x.clone(), torch.zeros(count), torch.randperm(count, generator=stream(0, "turns")), max(1, round(v.turn * count))
+        last, std = torch.arange(count), float(x.std())
+        for k in range(1, v.iters + 1):
+            begin, relax = (
+                time.perf_counter(),
+                k > 1 and (v.relax == "two" and k < 4 or v.relax == "auto" and std > SPREAD and self.args.observer == "identity"),
+            )
+            if k > 1:
+                rows = order[((k - 2) * turn + torch.arange(turn)) % count]
+                some, walk = self.data.rows(rows), Walk(levels=v.levels)
+                draws = drawn(e_step(denoiser, some, None, relaxed_walk(some, walk) if relax else walk, stream(0, "e-step", k)))
+                draws = over_relaxed(draws) if relax else draws
+                y[rows], x, tau[rows], std = draws.y, x.index_copy(0, rows, draws.x), draws.tau, float(draws.x.std())
+                last = torch.arange(count) if v.keep else rows
+            lacking = (Walk().tau_last ** 2 - tau.square()).clamp(min=0).sqrt().reshape(-1, 1, 1)
+            ends = y + lacking * torch.randn(y.shape, generator=stream(0, "ends", k))
+            pairs: Any = PairLoss(Draws(ends[last], x[last], Walk().tau_last), Walk().tau_last, self.maps)
+            loss = Anchored(pairs, self.data, v.anchor) if v.anchor else pairs
+            denoiser = train(denoiser, loss, len(last), first if k == 1 else steps, rate=2e-3, seed=stream_seed(0, "m-step", k)).denoiser
+            clock += time.perf_counter() - begin
+            yield {"iteration": k, "seconds": clock, "relaxed": bool(relax), **self.judge(denoiser)}
+
+
+def table(name: str, rows: list[dict[str, float]]) -> str:
+    """A Markdown table of a variant."""
+    lines = [f"**{name}**", "", "| iteration | seconds | " + " | ".join(COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
+    for row in rows:
+        relaxed = " (over-relaxed)" if row["relaxed"] else ""
+        lines.append(f"| {row['iteration']}{relaxed} | {row['seconds']:.0f} | " + " | ".join(f"{row[c]:.4f}" for c in COLUMNS) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the variants asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/mnist.npz"))
+    parser.add_argument("--observer", choices=["identity", "mask"], default="identity")
+    parser.add_argument("--count", type=int, default=3000)
+    parser.add_argument("--judged", type=int, default=200)
+    parser.add_argument("--start-steps", type=int, default=1200)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    if args.quick:
+        args.count, args.judged, args.start_steps = 200, 20, 20
+    setting = Setting(args)
+    print(f"{args.count} digits, {args.observer}, {args.start_steps} steps of the start, {torch.get_num_threads()} threads", flush=True)
+    for name in args.variants:
+        v = Variant(**VARIANTS[name])
+        v = v._replace(iters=2, levels=4) if args.quick else v
+        rows = []
+        for row in setting.run(v):
+            rows.append(row)
+            figures = {key: None if value != value else value for key, value in row.items()}
+            print(json.dumps({"variant": name, "count": args.count, "observer": args.observer, **figures}), flush=True)
+        print(table(name, rows) + "\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""The arithmetic of the benchmarks: proper scores, the peer's sampler on a Gaussian, and when a target counts as reached."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+from bench_fit import Row, minutes, reached  # noqa: E402
+from bench_trust import scores  # noqa: E402
+from exact import covariance  # noqa: E402
+from peer_ddpm import ddpm_sample  # noqa: E402
+
+from emdiff.denoise import GaussianDenoiser  # noqa: E402
+from emdiff.observations import Observations  # noqa: E402
+from observers import Mask  # noqa: E402
+
+
+def test_proper_scores_prefer_the_true_posterior_and_the_error_of_a_sample_does_not() -> None:
+    """x ~ N(m, 1), samples N(m, s^2): CRPS (2 (1 + s^2)/pi)^(1/2) - s/pi^(1/2), least at s = 1; error of the mean 1, of a sample 1 + s^2."""
+    g, count = torch.Generator().manual_seed(0), 100_000
+    m = torch.randn(count, generator=g, dtype=torch.float64)
+    truth, noise = m + torch.randn(count, generator=g, dtype=torch.float64), torch.randn(count, 4, generator=g, dtype=torch.float64)
+    found = {s: scores(m[:, None] + s * noise, truth) for s in (0.0, 0.5, 1.0, 1.5)}
+    for s, f in found.items():
+        crps = (2 * (1 + s**2) / torch.pi) ** 0.5 - s / torch.pi**0.5
+        assert f["crps"] == pytest.approx(crps, rel=0.01) and f["error_mean"] == pytest.approx(1, rel=0.02)
+        assert f["error"] == pytest.approx(1 + s**2, rel=0.02)
+    assert min(found, key=lambda s: found[s]["crps"]) == 1.0 and min(found, key=lambda s: found[s]["error"]) == 0.0
+
+
+def test_the_peer_samples_the_posterior_of_a_gaussian_as_its_steps_grow() -> None:
+    """Two of three entries seen; with more iterations than entries the guidance is exact, and the error of DDPM falls with its step."""
+    count, S = 4000, covariance(3, 2)
+    made = Mask((3,), torch.tensor(0.5, dtype=torch.float64), torch.tensor([[True, True, False]]).expand(count, 3))
+    obs = torch.tensor([[0.7, -0.3, 0.0]], dtype=torch.float64).expand(count, 3)
+    A = torch.eye(3, dtype=torch.float64)[:2]
+    K = S @ A.T @ torch.linalg.inv(A @ S @ A.T + 0.25 * torch.eye(2, dtype=torch.float64))
+    V, prior = S - K @ A @ S, GaussianDenoiser.from_covariance(torch.zeros(3, dtype=torch.float64), S)
+    lost = []
+    for steps in (16, 64, 256):
+        x = ddpm_sample(prior, Observations(obs, made), steps, 3, torch.Generator().manual_seed(1), batch=count)
+        assert (x.mean(0) - K @ obs[0, :2]).abs().max() < 5 * (V.diagonal().max() / count) ** 0.5
+        lost.append(1 - float(torch.cov(x.T).trace() / V.trace()))
+    assert lost[0] > lost[1] > abs(lost[2]) and lost[1] == pytest.approx(0.1, abs=0.07)
+
+
+def test_a_target_counts_only_for_calibrated_rows_where_that_is_asked() -> None:
+    low, good = Row(30, 1, 0.010, 1.10, 0.9), Row(90, 2, 0.011, 1.00, 1.0)
+    assert reached([low, good], 0.012, True) == good and reached([low, good], 0.012, False) == low
+    assert reached([low, good], 0.009, False) is None
+    assert [(m["minute"], m["iteration"]) for m in minutes([low, good])] == [(1, 1), (2, 2)]
