@@ -260,7 +260,7 @@ def fitted(folder: Path, file: Path, data: Data, start: str, iters: int = 2) -> 
     network = {"kind": "mlp", "width": 8, "blocks": 1}
     plan = Plan(iters, Choice(start, ""), walk, network, start_steps=12, steps=12, batch=16, relax=2 if fused else 0, prior_samples=20)
     with Run(folder, {}, file) as run:
-        prior = run_fit(data, scale, plan, run, Silent(), lambda x: {"first": float(x[:1].sum())})
+        prior = run_fit(data, scale, plan, run, Silent(), lambda x, rows: {"first": float(x[:1].sum())})
     figures = [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in run.history()]
     return prior.denoiser.state_dict(), run.array(iters, "samples").all(), figures
 
@@ -395,7 +395,7 @@ def fit(path, out):
     data, truth = open_observations(path), open_truth(path)
     plan = Plan(2, Choice("self-supervised", ""), Walk("fused", levels=2, batch=250), {"kind": "mlp", "width": 8, "blocks": 1},
                 start_steps=4, steps=4, batch=64, prior_samples=100)
-    run_fit(data, estimate_scale(data, stream(0, "scale")), plan, Run(out, {}, path), Silent(), lambda x: truth_figures(x, truth))
+    run_fit(data, estimate_scale(data, stream(0, "scale")), plan, Run(out, {}, path), Silent(), lambda x, rows: truth_figures(x, truth))
     return sum(f.stat().st_size for f in out.glob("*/*.npy"))
 
 rows.SMALL, rows.ENTRIES = 2**16, 2**18

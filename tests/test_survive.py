@@ -61,10 +61,12 @@ def results(run: str) -> dict[str, bytes]:
     return {name: content for name, content in folder_state(run).items() if name.endswith((".safetensors", ".npy"))}
 
 
-def test_a_run_that_dies_at_random_writes_ends_as_an_undisturbed_one(often, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("start", ["gaussian", "mixture"])
+def test_a_run_that_dies_at_random_writes_ends_as_an_undisturbed_one(start: str, often, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each life ends just before or just after some rename, with the temporary file left behind as a real death leaves it."""
     vectors()
-    main([*FIT, "--iters", "2", "--out", "whole"])
+    command = [*FIT, "--iters", "2", "--start", start]
+    main([*command, "--out", "whole"])
     draw, real, lives = random.Random(0), os.replace, 0
     left = [0]
 
@@ -80,9 +82,9 @@ def test_a_run_that_dies_at_random_writes_ends_as_an_undisturbed_one(often, monk
 
     monkeypatch.setattr(emdiff.files.os, "replace", replace)
     while True:
-        lives, left[0] = lives + 1, draw.randrange(2, 12)
+        lives, left[0] = lives + 1, draw.randrange(2, 18)  # a round takes up to 14 renames, from those of the start of a life to its own last
         try:
-            main([*FIT, "--iters", "2", "--out", "run"])
+            main([*command, "--out", "run"])
             break
         except Killed:
             continue
