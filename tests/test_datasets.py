@@ -9,7 +9,6 @@ from PIL import Image
 
 from emdiff.datasets import open_dataset
 from emdiff.errors import UsageError
-from emdiff.scale import Scale
 from emdiff.train import Standardised, measure_scale
 
 RNG = np.random.default_rng(0)
@@ -127,4 +126,4 @@ def test_scale_and_flips():
     flipped = Standardised(data, scale, flips=True).batch(index, torch.Generator().manual_seed(0))
     mirrored = (flipped == x.flip(-1)).flatten(1).all(1)
     assert bool((mirrored | (flipped == x).flatten(1).all(1)).all()) and float(mirrored.float().mean()) == pytest.approx(0.5, abs=0.05)
-    assert measure_scale(open_dataset("digits")) == pytest.approx(Scale(0.30526, 0.37603), abs=1e-4)
+    assert measure_scale(open_dataset("digits"))[:2] == pytest.approx((0.30526, 0.37603), abs=1e-4)
