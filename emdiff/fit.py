@@ -138,6 +138,8 @@ def run_fit(
         data = with_current_noise(k, given, plan, run)
         standard = held(scale.view(data))
         x, prior, metrics = start_round(standard, scale, plan, run, listener) if k == 0 else em_round(k, standard, scale, plan, run, listener)
+        if k == 0 and plan.level is not None:
+            metrics["noise_std"] = plan.level
         save_prior(run.round_path(k) / "prior.safetensors", prior)
         samples = fill(run.new_array(k, "samples", x.shape), x, scale.restore).commit()
         pictures = {"samples": samples[:64]}
@@ -173,7 +175,7 @@ def start_round(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listen
         return start_from_mixture(data, scale, plan, run, listener)
     torch.manual_seed(stream_seed(plan.seed, "network"))
     denoiser = set_precision(build_network(data.shape, **plan.network), plan.device)
-    metrics: dict[str, Any] = {"start": plan.start.kind} | ({} if plan.level is None else {"noise_std": plan.level})
+    metrics: dict[str, Any] = {"start": plan.start.kind}
     v = 0.0
     if plan.start.kind == "self-supervised":
         trained = train_start(denoiser, data, plan, listener, run.checkpoint(0))
