@@ -215,7 +215,7 @@ def test_a_loss_that_keeps_diverging_ends_the_fit_with_a_status_of_its_own(
     vectors()
     monkeypatch.setattr("emdiff.fit.self_supervised_loss", lambda denoiser, batch: next(denoiser.parameters()).sum() * float("nan"))
     with pytest.raises(SystemExit) as end:
-        main([*FIT, "--iters", "1", "--out", "run"])
+        main([*FIT, "--iters", "1", "--start", "self-supervised", "--out", "run"])
     assert end.value.code == 3 and "--train.rate" in capsys.readouterr().err
 
 
