@@ -9,100 +9,35 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from emdiff.compiled import for_sampling
-from emdiff.components import STAGES, fit_mixture
-from emdiff.data import Data, held, measured
-from emdiff.em import Draws, PairLoss, Walk, drawn, e_step, over_relaxed, relaxed_walk
-from emdiff.gaussian import condition, fit_gaussian
-from emdiff.mdae import MDAE
+from emdiff.data import Data, held
+from emdiff.em import Draws, e_step, relaxed_walk
+from emdiff.firsts import first_steps, level_maps, start_round
 from emdiff.metrics import prior_figures, sample_figures
 from emdiff.noise import depends_on_signal, updated_level, with_counts, with_level
+from emdiff.outline import Listener, Plan
+from emdiff.pairs import PairLoss, drawn, over_relaxed
 from emdiff.pool import restart
-from emdiff.posterior import sample_posterior
-from emdiff.prior import Prior, build_network, load_prior, sample_prior, save_prior, set_precision
-from emdiff.rows import BLOCK, Array, Index, Rows, chosen_rows, fill, row_spans, spans
+from emdiff.prior import Prior, load_prior, sample_prior, save_prior
+from emdiff.rows import Array, chosen_rows, fill
 from emdiff.runs import Run, latest_prior
 from emdiff.scale import Scale
 from emdiff.shrink import keep
-from emdiff.start import Choice, first_samples, hidden_variance, recorrupt, self_supervised_loss
 from emdiff.streams import stream, stream_seed
-from emdiff.training import Trained, train
+from emdiff.training import train
 from emdiff.turns import in_place, on_turn, rows_of, those_of
 from emdiff.verdict import best_iteration, should_stop
-
-GAUSSIAN_ITERATIONS = 20
-"""EM iterations of the Gaussian start, where it has no closed form."""
-
-HELD_OUT = 4096
-"""Most observations held out of the self-supervised training: each check looks at all of them."""
 
 PRIOR_LEVELS = 32
 """Levels of the prior samples that each round's figures and pictures are made of."""
 
 SPREAD = 1.005
 """An iteration over-relaxes if the last samples' std exceeds the data's own, estimated from the observations, by this factor."""
-
-
-class Plan(NamedTuple):
-    """All that a fit has to know.
-
-    Attributes:
-        iters: EM iterations.
-        start: The start, decided.
-        walk: The E-step.
-        network: Arguments of `build_network`.
-        start_steps: Most training steps of the self-supervised start; those of the first M-step after a Gaussian one (`first_steps`).
-        steps: Training steps of an M-step.
-        batch: Data per training step.
-        rate: Learning rate.
-        refresh: Observations walked anew in each iteration from the second on, in turn; the others keep their last pair, chain and jump. 0 for all.
-        relax: Last iteration that may over-relax; it does so if the samples' spread exceeds the data's.
-        maps: Whether observations are fused whose levels differ between entries or data.
-        prior_samples: Prior samples drawn per round for figures.
-        seed: Seed of everything random.
-        device: "cpu" or "cuda".
-        level: Where the noise level is not known, its first estimate, which EM updates; else None.
-        init_prior: The prior that EM starts from; None for a start from the observations alone.
-        stop: End when the figures that need no truth have stopped to improve, and keep the best iteration (verdict).
-        compile: Run the network of the E-step and of prior samples through torch.compile (compiled).
-    """
-
-    iters: int
-    start: Choice
-    walk: Walk
-    network: dict[str, Any]
-    start_steps: int = 1200
-    steps: int = 700
-    batch: int = 128
-    rate: float = 2e-3
-    refresh: int = 0
-    relax: int = 0
-    maps: bool = False
-    prior_samples: int = 500
-    seed: int = 0
-    device: str = "cpu"
-    stop: bool = False
-    compile: bool = False
-    level: float | None = None
-    init_prior: str | None = None
-
-
-class Listener(Protocol):
-    """Whoever is told of a fit's progress."""
-
-    def phase(self, name: str, total: int) -> Callable[..., None]:
-        """A phase of `total` units begins; call the result with the units done, and a note."""
-        ...
-
-    def round(self, k: int, metrics: dict[str, Any], pictures: dict[str, Tensor]) -> None:
-        """Round k is complete. Pictures are samples (n, *S) in the user's units."""
-        ...
 
 
 def run_fit(
@@ -165,97 +100,6 @@ def with_current_noise(k: int, data: Data, plan: Plan, run: Run) -> Data:
     if depends_on_signal(data):
         return with_counts(data, run.array(k - 1, "samples") if k else None)
     return data
-
-
-def start_round(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Array, Prior, dict[str, Any]]:
-    """First samples x (N, *S), the network they leave behind, and figures; data standardised."""
-    if plan.init_prior is not None:
-        return start_from_prior(data, scale, plan, run, listener)
-    if plan.start.kind == "mixture":
-        return start_from_mixture(data, scale, plan, run, listener)
-    torch.manual_seed(stream_seed(plan.seed, "network"))
-    denoiser = set_precision(build_network(data.shape, **plan.network), plan.device)
-    metrics: dict[str, Any] = {"start": plan.start.kind}
-    v = 0.0
-    if plan.start.kind == "self-supervised":
-        trained = train_start(denoiser, data, plan, listener, run.checkpoint(0))
-        denoiser = trained.denoiser
-        metrics |= {"start_steps": trained.steps, "start_held_out": trained.held_out, "retreats": trained.retreats}
-        if plan.maps:
-            new = data.rows(slice(len(data) - min(held_out(len(data)), 2000), len(data))).to(plan.device)
-            metrics["hidden_variance"] = v = hidden_variance(denoiser, new, stream(plan.seed, "hidden variance", device=plan.device))
-    gaussian = None
-    if plan.start.kind == "gaussian":
-        bar = listener.phase("start: Gaussian EM", GAUSSIAN_ITERATIONS)
-        gaussian = fit_gaussian(data, GAUSSIAN_ITERATIONS, generator=stream(plan.seed, "gaussian"), progress=bar).to(plan.device)
-    draw, x, largest = stream(plan.seed, "first samples", device=plan.device), run.scratch(0, "x", (len(data), *data.shape)), 0.0
-    bar = listener.phase("start: first samples", len(data))
-    for i in range(0, len(data), plan.walk.batch):
-        span = slice(i, min(i + plan.walk.batch, len(data)))
-        batch = data.rows(span).to(plan.device)
-        if plan.start.kind == "gaussian":
-            part = condition(gaussian, batch.observer, batch.obs, draw).x
-        else:
-            part = first_samples(denoiser, batch, draw, v)
-        x[span], largest = part, max(largest, float(part.abs().max()))
-        bar(span.stop)
-    metrics["bound"] = 2 * largest
-    return x.commit(), Prior(denoiser, scale, data.shape, plan.walk.tau_last, plan.network), metrics
-
-
-def start_from_mixture(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Array, Prior, dict[str, Any]]:
-    """As `start_round`: a mixture fitted to the observations becomes the base of an untrained network; first samples are exact draws."""
-    torch.manual_seed(stream_seed(plan.seed, "network"))
-    found = fit_mixture(data, stream(plan.seed, "mixture"), listener.phase("start: mixtures of Gaussians", STAGES))
-    network = {**plan.network, "base": len(found.denoiser.weights)}
-    denoiser = build_network(data.shape, **network)
-    denoiser.base = found.denoiser
-    denoiser.to(plan.device)
-    draw, bar = stream(plan.seed, "first samples", device=plan.device), listener.phase("start: first samples", len(data))
-    draws = e_step(denoiser, data, None, plan.walk, draw, progress=bar, store=lambda name, shape: run.scratch(0, name, shape))
-    x = draws.sample.commit()
-    held_out = {str(j): value for j, value in found.held_out.items()}
-    metrics = {"start": "mixture", "components": found.components, "members": found.members, "components_held_out": held_out}
-    metrics["bound"] = 2 * max(float(x[part].abs().max()) for part in row_spans(x))
-    return x, Prior(denoiser, scale, data.shape, plan.walk.tau_last, network), metrics
-
-
-def start_from_prior(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Array, Prior, dict[str, Any]]:
-    """Samples x | obs (N, *S) under a prior trained elsewhere, that prior, and figures; data standardised with its scale."""
-    prior = load_prior(Path(plan.init_prior), plan.device)
-    standard, draws = prior._replace(scale=Scale(0.0, 1.0)), stream(plan.seed, "first samples", device=plan.device)
-    x, largest = run.scratch(0, "x", (len(data), *data.shape)), 0.0
-    for span in spans(len(data), math.prod(data.shape), len(data), BLOCK):
-        phase = lambda name, total, first=span.start: listener.phase(f"start: {name}" + (f" from {first}" if first else ""), total)
-        part = sample_posterior(standard, data.rows(span), plan.walk, 1, draws, phase).x[:, 0]
-        x[span], largest = part, max(largest, float(part.abs().max()))
-    return x.commit(), prior._replace(scale=scale, tau_last=plan.walk.tau_last), {"start": "prior", "bound": 2 * largest}
-
-
-def train_start(denoiser: MDAE, data: Data, plan: Plan, listener: Listener, checkpoint: Path) -> Trained:
-    """Train a denoiser on recorrupted observations, a tenth of them held out, at most HELD_OUT."""
-
-    def loss(denoiser: MDAE, index: Tensor, draws: torch.Generator) -> Tensor:
-        batch = data.rows(index.cpu())
-        z, sigma = batch.observer.as_measurement(batch.obs)
-        return self_supervised_loss(denoiser, recorrupt(z.to(draws.device), sigma.expand(z.shape).to(draws.device), draws))
-
-    bar = listener.phase("start: self-supervised training", plan.start_steps)
-    seed = stream_seed(plan.seed, "self-supervised")
-    return train(denoiser, loss, len(data), plan.start_steps, plan.batch, plan.rate, seed, held_out(len(data)), plan.device, bar, checkpoint)
-
-
-def first_steps(plan: Plan) -> int:
-    """Steps of the first M-step: plan.start_steps where the start trained no network, or none of the many maps of levels; where later ones are
-    short, since observations take turns, two of them, for the levels below the observations' noise that the network has not met."""
-    if plan.start.kind == "gaussian" or plan.maps:
-        return plan.start_steps
-    return 2 * plan.steps if plan.refresh else plan.steps
-
-
-def held_out(count: int) -> int:
-    """Observations that the start's training is not shown, the last ones."""
-    return max(1, min(count // 10, HELD_OUT))
 
 
 def em_round(k: int, data: Data, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Array, Prior, dict[str, Any]]:
@@ -329,16 +173,3 @@ def shuffled(draws: Draws, generator: torch.Generator) -> Draws:
 def over_relaxes(k: int, plan: Plan, sample_std: float, scale: Scale) -> bool:
     """Whether round k over-relaxes: the samples of the round before, of std sample_std, spread more than the data do."""
     return k <= plan.relax and sample_std > SPREAD * scale.std
-
-
-def level_maps(data: Data) -> Array | None:
-    """Levels (N, *S) of observations that are measurements of x, where these differ between entries or data, else None."""
-    found = measured(data)
-    if found is None or found.uniform:
-        return None
-
-    def levels(index: Index) -> Tensor:
-        part = data.rows(index)
-        return part.observer.as_measurement(part.obs)[1].expand(len(part), *data.shape)
-
-    return Rows((len(data), *data.shape), levels)

@@ -15,9 +15,10 @@ from emdiff.data import Data, batches, observer_name
 from emdiff.em import Walk, choose_guidance
 from emdiff.errors import UsageError
 from emdiff.files import sha256
-from emdiff.fit import Plan, first_steps, level_maps
+from emdiff.firsts import first_steps, level_maps
 from emdiff.gaussian import DENSE
 from emdiff.noise import depends_on_signal
+from emdiff.outline import Plan
 from emdiff.pool import applies, noise
 from emdiff.posterior import default_batch, default_pool, default_tau_first
 from emdiff.prior import TAU_FIRST, Prior, check_any_level, choose_network, load_prior

@@ -242,11 +242,10 @@ def latest_prior(run: Path) -> Path:
     Raises:
         UsageError: if the folder is missing, has no finished round, or the file is not the one that was written.
     """
-    if not run.is_dir():
-        raise UsageError(f"{run}: there is no such run folder; give the one that `emdiff fit` or `emdiff train` named in its last line")
+    _check_folder(run)
     done = [p.parent for p in sorted(run.glob("round_*/metrics.json")) if (p.parent / "prior.safetensors").is_file()]
     if not done:
-        raise UsageError(f"{run}: this run has no finished round yet; run `emdiff fit` to its first round")
+        raise _unfinished(run)
     best = run / "best.json"
     chosen = f"round_{int(number(read_json(best), 'iter', best)):03d}" if best.is_file() else done[-1].name
     prior = next((folder for folder in done if folder.name == chosen), done[-1]) / "prior.safetensors"
@@ -265,11 +264,19 @@ def round_metrics(run: Path) -> list[dict[str, Any]]:
     Raises:
         UsageError: if the folder is missing, has no finished round, or its figures cannot be read.
     """
-    if not run.is_dir():
-        raise UsageError(f"{run}: there is no such run folder; give the one that `emdiff fit` or `emdiff train` named in its last line")
+    _check_folder(run)
     rounds: list[dict[str, Any]] = []
     while (path := run / (f"round_{len(rounds):03d}" if rounds else "start") / "metrics.json").is_file():
         rounds.append({**read_json(path), "iter": len(rounds)})
     if not rounds:
-        raise UsageError(f"{run}: this run has no finished round yet; run `emdiff fit` to its first round")
+        raise _unfinished(run)
     return rounds
+
+
+def _check_folder(run: Path) -> None:
+    if not run.is_dir():
+        raise UsageError(f"{run}: there is no such run folder; give the one that `emdiff fit` or `emdiff train` named in its last line")
+
+
+def _unfinished(run: Path) -> UsageError:
+    return UsageError(f"{run}: this run has no finished round yet; run `emdiff fit` to its first round")

@@ -25,12 +25,14 @@ import torch
 from torch import Tensor
 
 from emdiff.denoise import Denoiser
-from emdiff.em import Draws, PairLoss, Walk, drawn, e_step, over_relaxed, relaxed_walk
-from emdiff.fit import SPREAD, level_maps
+from emdiff.em import Draws, Walk, e_step, relaxed_walk
+from emdiff.firsts import level_maps
+from emdiff.fit import SPREAD
 from emdiff.gaussian import condition, fit_gaussian
 from emdiff.mdae import MDAE
 from emdiff.metrics import residual_chi2
 from emdiff.observations import Observations
+from emdiff.pairs import PairLoss, drawn, over_relaxed
 from emdiff.prior import build_network, choose_network, set_precision
 from emdiff.scale import Scale, estimate_scale
 from emdiff.start import first_samples, hidden_variance, recorrupt, self_supervised_loss

@@ -37,10 +37,11 @@ from torch import Tensor
 
 import emdiff
 from emdiff.denoise import Denoiser
-from emdiff.em import Draws, PairLoss, Walk, e_step
+from emdiff.em import Draws, Walk, e_step
 from emdiff.gaussian import fit_gaussian
 from emdiff.metrics import residual_chi2
 from emdiff.observations import Observations, read_observations, read_truth
+from emdiff.pairs import PairLoss
 from emdiff.posterior import run_walk
 from emdiff.prior import Prior, build_network, choose_network, load_prior, save_prior, set_precision
 from emdiff.scale import Scale, estimate_scale

@@ -28,9 +28,10 @@ import torch
 
 from emdiff import rows
 from emdiff.data import Data
-from emdiff.em import PairLoss, Walk, e_step
+from emdiff.em import Walk, e_step
 from emdiff.metrics import sample_figures
 from emdiff.observations import open_observations
+from emdiff.pairs import PairLoss
 from emdiff.prior import build_network, set_precision
 from emdiff.rows import fill, spans
 from emdiff.scale import Scale, estimate_scale

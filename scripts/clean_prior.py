@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emdiff.em import Draws, PairLoss
+from emdiff.em import Draws
+from emdiff.pairs import PairLoss
 from emdiff.prior import Prior, build_network, choose_network, load_prior, save_prior, set_precision
 from emdiff.scale import Scale
 from emdiff.streams import stream, stream_seed

@@ -11,10 +11,11 @@ from exact import UnitNoise, covariance, dense, matrix, noise_variance, normal, 
 from torch import Tensor
 
 from emdiff.denoise import Denoiser, GaussianDenoiser
-from emdiff.em import RETRIES, Draws, PairLoss, Walk, choose_guidance, e_step, escaped, over_relaxed, posterior, relaxed_walk, walk_levels
+from emdiff.em import RETRIES, Draws, Walk, choose_guidance, e_step, escaped, posterior, relaxed_walk, walk_levels
 from emdiff.gaussian import condition
 from emdiff.guidance import FusedPosterior, PosteriorDenoiser
 from emdiff.observations import Observations
+from emdiff.pairs import PairLoss, over_relaxed
 from emdiff.prior import TAU_FIRST
 from observers import Identity, Mask, Observer, Projection
 

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from emdiff.data import Observations
 from emdiff.denoise import GaussianDenoiser
-from emdiff.em import Draws, PairLoss, Walk, e_step
+from emdiff.em import Draws, Walk, e_step
 from emdiff.guidance import PosteriorDenoiser
 from emdiff.mdae import MDAE
 from emdiff.metrics import residual_chi2
 from emdiff.nn import UNet
+from emdiff.pairs import PairLoss
 from emdiff.posterior import run_walk
 from emdiff.training import train
 from observers import Identity, Mask

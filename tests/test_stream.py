@@ -26,8 +26,9 @@ from emdiff.data import Data, Observations
 from emdiff.em import Walk
 from emdiff.errors import UsageError
 from emdiff.files import sha256
-from emdiff.fit import Plan, run_fit
+from emdiff.fit import run_fit
 from emdiff.observations import open_data, open_observations, open_truth, read_observations, write_observations
+from emdiff.outline import Plan
 from emdiff.rows import Rows, in_memory, spans
 from emdiff.runs import Run
 from emdiff.scale import estimate_scale
@@ -367,7 +368,8 @@ from pathlib import Path
 import numpy as np
 from emdiff import rows
 from emdiff.em import Walk
-from emdiff.fit import Plan, run_fit
+from emdiff.fit import run_fit
+from emdiff.outline import Plan
 from emdiff.observations import open_observations, open_truth
 from emdiff.metrics import truth_figures
 from emdiff.runs import Run

@@ -213,7 +213,7 @@ def test_a_loss_that_keeps_diverging_ends_the_fit_with_a_status_of_its_own(
         train(Line(), Bursting(50, float("nan"), 10**6), 64, 600, rate=0.4, say=said.append)
     assert len(said) == TRIES
     vectors()
-    monkeypatch.setattr("emdiff.fit.self_supervised_loss", lambda denoiser, batch: next(denoiser.parameters()).sum() * float("nan"))
+    monkeypatch.setattr("emdiff.firsts.self_supervised_loss", lambda denoiser, batch: next(denoiser.parameters()).sum() * float("nan"))
     with pytest.raises(SystemExit) as end:
         main([*FIT, "--iters", "1", "--start", "self-supervised", "--out", "run"])
     assert end.value.code == 3 and "--train.rate" in capsys.readouterr().err
@@ -221,7 +221,8 @@ def test_a_loss_that_keeps_diverging_ends_the_fit_with_a_status_of_its_own(
 
 def test_a_training_in_bfloat16_ends_near_one_in_float32() -> None:
     """The same draws and 60 steps of a small U-Net: estimates differ by less than 2 % of the data's spread."""
-    from emdiff.em import Draws, PairLoss
+    from emdiff.em import Draws
+    from emdiff.pairs import PairLoss
     from emdiff.prior import build_network
     from emdiff.streams import stream
 

@@ -5,11 +5,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from emdiff.em import Draws, PairLoss, Walk
+from emdiff.em import Draws, Walk
 from emdiff.errors import FitFailed, UsageError
-from emdiff.fit import Plan, over_relaxes
+from emdiff.fit import over_relaxes
 from emdiff.metrics import residual_chi2
 from emdiff.observations import Observations
+from emdiff.outline import Plan
+from emdiff.pairs import PairLoss
 from emdiff.prior import Prior, build_network, choose_network, load_prior, sample_prior, save_prior
 from emdiff.scale import Scale
 from emdiff.start import Choice

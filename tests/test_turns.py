@@ -9,7 +9,8 @@ import torch
 from test_cli import SMALL, here, refused, vectors  # noqa: F401
 
 from emdiff.cli import main
-from emdiff.em import PairLoss, Walk
+from emdiff.em import Walk
+from emdiff.pairs import PairLoss
 from emdiff.plan import default_refresh
 from emdiff.turns import on_turn
 

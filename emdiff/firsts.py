@@ -1,0 +1,135 @@
+"""Round 0: first samples, and the network that the start leaves behind."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emdiff.components import STAGES, fit_mixture
+from emdiff.data import Data, measured
+from emdiff.em import e_step
+from emdiff.gaussian import condition, fit_gaussian
+from emdiff.mdae import MDAE
+from emdiff.outline import Listener, Plan
+from emdiff.posterior import sample_posterior
+from emdiff.prior import Prior, build_network, load_prior, set_precision
+from emdiff.rows import BLOCK, Array, Index, Rows, row_spans, spans
+from emdiff.runs import Run
+from emdiff.scale import Scale
+from emdiff.start import first_samples, hidden_variance, recorrupt, self_supervised_loss
+from emdiff.streams import stream, stream_seed
+from emdiff.training import Trained, train
+
+GAUSSIAN_ITERATIONS = 20
+"""EM iterations of the Gaussian start, where it has no closed form."""
+
+HELD_OUT = 4096
+"""Most observations held out of the self-supervised training: each check looks at all of them."""
+
+
+def start_round(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Array, Prior, dict[str, Any]]:
+    """First samples x (N, *S), the network they leave behind, and figures; data standardised."""
+    if plan.init_prior is not None:
+        return start_from_prior(data, scale, plan, run, listener)
+    if plan.start.kind == "mixture":
+        return start_from_mixture(data, scale, plan, run, listener)
+    torch.manual_seed(stream_seed(plan.seed, "network"))
+    denoiser = set_precision(build_network(data.shape, **plan.network), plan.device)
+    metrics: dict[str, Any] = {"start": plan.start.kind}
+    v = 0.0
+    if plan.start.kind == "self-supervised":
+        trained = train_start(denoiser, data, plan, listener, run.checkpoint(0))
+        denoiser = trained.denoiser
+        metrics |= {"start_steps": trained.steps, "start_held_out": trained.held_out, "retreats": trained.retreats}
+        if plan.maps:
+            new = data.rows(slice(len(data) - min(held_out(len(data)), 2000), len(data))).to(plan.device)
+            metrics["hidden_variance"] = v = hidden_variance(denoiser, new, stream(plan.seed, "hidden variance", device=plan.device))
+    gaussian = None
+    if plan.start.kind == "gaussian":
+        bar = listener.phase("start: Gaussian EM", GAUSSIAN_ITERATIONS)
+        gaussian = fit_gaussian(data, GAUSSIAN_ITERATIONS, generator=stream(plan.seed, "gaussian"), progress=bar).to(plan.device)
+    draw, x, largest = stream(plan.seed, "first samples", device=plan.device), run.scratch(0, "x", (len(data), *data.shape)), 0.0
+    bar = listener.phase("start: first samples", len(data))
+    for i in range(0, len(data), plan.walk.batch):
+        span = slice(i, min(i + plan.walk.batch, len(data)))
+        batch = data.rows(span).to(plan.device)
+        if plan.start.kind == "gaussian":
+            part = condition(gaussian, batch.observer, batch.obs, draw).x
+        else:
+            part = first_samples(denoiser, batch, draw, v)
+        x[span], largest = part, max(largest, float(part.abs().max()))
+        bar(span.stop)
+    metrics["bound"] = 2 * largest
+    return x.commit(), Prior(denoiser, scale, data.shape, plan.walk.tau_last, plan.network), metrics
+
+
+def start_from_mixture(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Array, Prior, dict[str, Any]]:
+    """As `start_round`: a mixture fitted to the observations becomes the base of an untrained network; first samples are exact draws."""
+    torch.manual_seed(stream_seed(plan.seed, "network"))
+    found = fit_mixture(data, stream(plan.seed, "mixture"), listener.phase("start: mixtures of Gaussians", STAGES))
+    network = {**plan.network, "base": len(found.denoiser.weights)}
+    denoiser = build_network(data.shape, **network)
+    denoiser.base = found.denoiser
+    denoiser.to(plan.device)
+    draw, bar = stream(plan.seed, "first samples", device=plan.device), listener.phase("start: first samples", len(data))
+    draws = e_step(denoiser, data, None, plan.walk, draw, progress=bar, store=lambda name, shape: run.scratch(0, name, shape))
+    x = draws.sample.commit()
+    held_out = {str(j): value for j, value in found.held_out.items()}
+    metrics = {"start": "mixture", "components": found.components, "members": found.members, "components_held_out": held_out}
+    metrics["bound"] = 2 * max(float(x[part].abs().max()) for part in row_spans(x))
+    return x, Prior(denoiser, scale, data.shape, plan.walk.tau_last, network), metrics
+
+
+def start_from_prior(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Array, Prior, dict[str, Any]]:
+    """Samples x | obs (N, *S) under a prior trained elsewhere, that prior, and figures; data standardised with its scale."""
+    prior = load_prior(Path(plan.init_prior), plan.device)
+    standard, draws = prior._replace(scale=Scale(0.0, 1.0)), stream(plan.seed, "first samples", device=plan.device)
+    x, largest = run.scratch(0, "x", (len(data), *data.shape)), 0.0
+    for span in spans(len(data), math.prod(data.shape), len(data), BLOCK):
+        phase = lambda name, total, first=span.start: listener.phase(f"start: {name}" + (f" from {first}" if first else ""), total)
+        part = sample_posterior(standard, data.rows(span), plan.walk, 1, draws, phase).x[:, 0]
+        x[span], largest = part, max(largest, float(part.abs().max()))
+    return x.commit(), prior._replace(scale=scale, tau_last=plan.walk.tau_last), {"start": "prior", "bound": 2 * largest}
+
+
+def train_start(denoiser: MDAE, data: Data, plan: Plan, listener: Listener, checkpoint: Path) -> Trained:
+    """Train a denoiser on recorrupted observations, a tenth of them held out, at most HELD_OUT."""
+
+    def loss(denoiser: MDAE, index: Tensor, draws: torch.Generator) -> Tensor:
+        batch = data.rows(index.cpu())
+        z, sigma = batch.observer.as_measurement(batch.obs)
+        return self_supervised_loss(denoiser, recorrupt(z.to(draws.device), sigma.expand(z.shape).to(draws.device), draws))
+
+    bar = listener.phase("start: self-supervised training", plan.start_steps)
+    seed = stream_seed(plan.seed, "self-supervised")
+    return train(denoiser, loss, len(data), plan.start_steps, plan.batch, plan.rate, seed, held_out(len(data)), plan.device, bar, checkpoint)
+
+
+def first_steps(plan: Plan) -> int:
+    """Steps of the first M-step: plan.start_steps where the start trained no network, or none of the many maps of levels; where later ones are
+    short, since observations take turns, two of them, for the levels below the observations' noise that the network has not met."""
+    if plan.start.kind == "gaussian" or plan.maps:
+        return plan.start_steps
+    return 2 * plan.steps if plan.refresh else plan.steps
+
+
+def held_out(count: int) -> int:
+    """Observations that the start's training is not shown, the last ones."""
+    return max(1, min(count // 10, HELD_OUT))
+
+
+def level_maps(data: Data) -> Array | None:
+    """Levels (N, *S) of observations that are measurements of x, where these differ between entries or data, else None."""
+    found = measured(data)
+    if found is None or found.uniform:
+        return None
+
+    def levels(index: Index) -> Tensor:
+        part = data.rows(index)
+        return part.observer.as_measurement(part.obs)[1].expand(len(part), *data.shape)
+
+    return Rows((len(data), *data.shape), levels)
