@@ -20,7 +20,7 @@ from emdiff.prior import Prior, build_network, load_prior, set_precision
 from emdiff.rows import BLOCK, Array, Index, Rows, row_spans, spans
 from emdiff.runs import Run
 from emdiff.scale import Scale
-from emdiff.start import first_samples, hidden_variance, recorrupt, self_supervised_loss
+from emdiff.start import first_samples, recorrupt, self_supervised_loss
 from emdiff.streams import stream, stream_seed
 from emdiff.training import Trained, train
 
@@ -40,14 +40,10 @@ def start_round(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listen
     torch.manual_seed(stream_seed(plan.seed, "network"))
     denoiser = set_precision(build_network(data.shape, **plan.network), plan.device)
     metrics: dict[str, Any] = {"start": plan.start.kind}
-    v = 0.0
     if plan.start.kind == "self-supervised":
         trained = train_start(denoiser, data, plan, listener, run.checkpoint(0))
         denoiser = trained.denoiser
         metrics |= {"start_steps": trained.steps, "start_held_out": trained.held_out, "retreats": trained.retreats}
-        if plan.maps:
-            new = data.rows(slice(len(data) - min(held_out(len(data)), 2000), len(data))).to(plan.device)
-            metrics["hidden_variance"] = v = hidden_variance(denoiser, new, stream(plan.seed, "hidden variance", device=plan.device))
     gaussian = None
     if plan.start.kind == "gaussian":
         bar = listener.phase("start: Gaussian EM", GAUSSIAN_ITERATIONS)
@@ -60,7 +56,7 @@ def start_round(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listen
         if plan.start.kind == "gaussian":
             part = condition(gaussian, batch.observer, batch.obs, draw).x
         else:
-            part = first_samples(denoiser, batch, draw, v)
+            part = first_samples(denoiser, batch, draw)
         x[span], largest = part, max(largest, float(part.abs().max()))
         bar(span.stop)
     metrics["bound"] = 2 * largest

@@ -37,6 +37,7 @@ from emdiff import interrupt
 from emdiff.checkpoint import State, grouped, load_state, save_state
 from emdiff.errors import FitFailed
 from emdiff.memory import Memory, Optimiser
+from emdiff.streams import stream_seed
 
 Loss = Callable[[nn.Module, Tensor, torch.Generator], Tensor]
 
@@ -128,9 +129,10 @@ class Learner(pl.LightningModule):
         return self.first + len(self.losses)
 
     def on_fit_start(self) -> None:
-        """Seed the draws on the device that trains, and those of networks that draw themselves, such as MUVB its latent variables."""
+        """Seed the draws on the device that trains, and those of networks that draw themselves, such as MUVB its latent variables: by another
+        seed, since latent variables that equal the noise of the measurements teach something else."""
         self.draws = torch.Generator(self.device).manual_seed(self.seed)
-        torch.manual_seed(self.seed)
+        torch.manual_seed(stream_seed(self.seed, "draws of the network"))
         if self.resumed is not None:
             self.draws.set_state(self.resumed.tensors["draws"])
             torch.set_rng_state(self.resumed.tensors["global"])
