@@ -7,7 +7,7 @@ from the state that `training` saves: an interrupted training and an uninterrupt
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from emdiff.measurement import effective, measure
 from emdiff.memory import Memory, Optimiser, load_memory, save_memory
 from emdiff.models import fixed_levels
 from emdiff.objectives import ManyLevels, OneSet, errors
+from emdiff.outline import Listener
 from emdiff.prior import TAU_FIRST, Prior, build_network, load_prior, sample_prior, save_prior, set_precision
 from emdiff.runs import Run
 from emdiff.scale import Scale
@@ -62,18 +63,6 @@ class TrainPlan(NamedTuple):
     pictures: int = 64
     seed: int = 0
     device: str = "cpu"
-
-
-class Listener(Protocol):
-    """Whoever is told of a training's progress: as `fit.Listener`."""
-
-    def phase(self, name: str, total: int) -> Any:
-        """A phase of `total` units begins; call the result with the units done, and a note."""
-        ...
-
-    def round(self, k: int, metrics: dict[str, Any], pictures: dict[str, Tensor]) -> None:
-        """Round k is complete."""
-        ...
 
 
 class Standardised:
