@@ -75,10 +75,7 @@ def test_fit_starts_from_the_prior_it_was_given():
 
 @pytest.mark.parametrize("kind", ["mem", "muvb"])
 def test_an_energy_is_a_prior_for_fit_with_second_derivatives(kind):
-    """Through projections, guided by conjugate gradients on products with V, and trained on in the M-step; finite to the end, no chain given up.
-
-    MUVB has learned next to nothing after 100 steps, and a chain under such a prior may leave the data's range once.
-    """
+    """Through projections, guided by conjugate gradients on products with V, and trained on in the M-step; finite to the end."""
     model = ["--model.parametrisation", kind, "--model.metaencoder", "true", "--model.width", "0.1", "--model.latent", "2"]
     main(["train", "--data", "clean.npz", "--out", "t", *SMALL, "--train.steps", "100", *model])
     main(["observe", "--data", "clean.npz", "--observer", "projection", "--noise-std", "0.3", "--count", "40", "--out", "p.npz"])
@@ -86,8 +83,7 @@ def test_an_energy_is_a_prior_for_fit_with_second_derivatives(kind):
           "--walk.levels", "3", "--walk.pool", "0", "--wandb", "off", "--device", "cpu"])  # fmt: skip
     assert load_prior(Path("f/round_002/prior.safetensors")).network["kind"] == kind
     figures = json.loads(Path("f/round_002/metrics.json").read_text())
-    assert 0 < figures["chi2"] < 100 and figures["solver_iterations"] > 0 and figures["kept"] == 0
-    assert figures["restarted"] <= (0 if kind == "mem" else 2)
+    assert 0 < figures["chi2"] < 100 and figures["solver_iterations"] > 0 and figures["restarted"] == 0
 
 
 @pytest.mark.parametrize("extra", [[], ["--train.optimizer", "sgd", "--model.spectral_norm", "true"],
