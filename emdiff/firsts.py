@@ -20,9 +20,9 @@ from emdiff.prior import Prior, build_network, load_prior, set_precision
 from emdiff.rows import BLOCK, Array, Index, Rows, row_spans, spans
 from emdiff.runs import Run
 from emdiff.scale import Scale
-from emdiff.start import first_samples, recorrupt, self_supervised_loss
+from emdiff.start import antithetic, first_samples, recorrupt, self_supervised_loss
 from emdiff.streams import stream, stream_seed
-from emdiff.training import Trained, train
+from emdiff.training import Optimiser, Trained, train
 
 GAUSSIAN_ITERATIONS = 20
 """EM iterations of the Gaussian start, where it has no closed form."""
@@ -93,16 +93,17 @@ def start_from_prior(data: Data, scale: Scale, plan: Plan, run: Run, listener: L
 
 
 def train_start(denoiser: MDAE, data: Data, plan: Plan, listener: Listener, checkpoint: Path) -> Trained:
-    """Train a denoiser on recorrupted observations, a tenth of them held out, at most HELD_OUT."""
+    """Train a denoiser on recorrupted observations, half a batch of them with both signs, a tenth held out, at most HELD_OUT."""
 
     def loss(denoiser: MDAE, index: Tensor, draws: torch.Generator) -> Tensor:
         batch = data.rows(index.cpu())
-        z, sigma = batch.observer.as_measurement(batch.obs)
-        return self_supervised_loss(denoiser, recorrupt(z.to(draws.device), sigma.expand(z.shape).to(draws.device), draws))
+        z, sigma = (part.to(draws.device) for part in batch.observer.as_measurement(batch.obs))
+        return self_supervised_loss(denoiser, antithetic(recorrupt(z, sigma.expand(z.shape), draws), z))
 
     bar = listener.phase("start: self-supervised training", plan.start_steps)
     seed = stream_seed(plan.seed, "self-supervised")
-    return train(denoiser, loss, len(data), plan.start_steps, plan.batch, plan.rate, seed, held_out(len(data)), plan.device, bar, checkpoint)
+    pairs, rate = max(1, plan.batch // 2), Optimiser(rate=plan.rate)
+    return train(denoiser, loss, len(data), plan.start_steps, pairs, plan.rate, seed, held_out(len(data)), plan.device, bar, checkpoint, rate)
 
 
 def first_steps(plan: Plan) -> int:

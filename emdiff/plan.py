@@ -28,6 +28,9 @@ from emdiff.start import Choice, choose_start
 
 Config = dict[str, Any]
 
+SHOWN = 153_600
+"""Data that a self-supervised start is shown at most."""
+
 NO_LIMIT = 10**6
 """Iterations: what --relax stands for when it is not set."""
 
@@ -66,8 +69,8 @@ def make_plan(config: Config, data: Data, scale: Scale, device: str) -> tuple[Pl
         raise UsageError(f"--walk.tau-first {tau_first:g} is not above --walk.tau-last {tau_last:g}; levels fall from first to last")
     if guidance != "fused" and not math.isfinite(tau_first):
         raise UsageError(f"--walk.tau-first has to be finite with guidance {guidance}; {TAU_FIRST:g} starts every walk anew")
-    batch = walk["batch"] or default_batch(device)
-    chosen = Walk(**{**walk, "guidance": guidance, "tau_first": tau_first, "tau_last": tau_last, "batch": batch, "pool": pool})
+    chains = walk["batch"] or default_batch(device)
+    chosen = Walk(**{**walk, "guidance": guidance, "tau_first": tau_first, "tau_last": tau_last, "batch": chains, "pool": pool})
     relax = config["relax"] if config["relax"] is not None else 0 if start.kind == "mixture" else default_relax(relative, walk["tau_relax"])
     if relax and not tau_first > walk["tau_relax"]:
         raise UsageError(f"--walk.tau-relax {walk['tau_relax']:g} is not below --walk.tau-first {tau_first:g}; lower it, or give --relax 0")
@@ -78,9 +81,11 @@ def make_plan(config: Config, data: Data, scale: Scale, device: str) -> tuple[Pl
     refresh = default_refresh(len(data), guidance, network["kind"], device) if train["refresh"] is None else train["refresh"]
     if refresh and guidance != "fused":
         raise UsageError(f"--train.refresh {refresh}: chains take turns with fused guidance only, and this is {guidance}; give 0")
-    steps = train["steps"] or default_steps(refresh // 2 or len(data), device, network["kind"])
+    batch = train["batch"] or default_train_batch(device, network["kind"])
+    steps = train["steps"] or default_steps(refresh // 2 or len(data), device, network["kind"], batch)
+    start_steps = train["start_steps"] or max(1, SHOWN // batch)
     plan = Plan(
-        config["iters"], start, chosen, network, train["start_steps"], steps, train["batch"], train["rate"], refresh, relax,
+        config["iters"], start, chosen, network, start_steps, steps, batch, train["rate"], refresh, relax,
         maps=maps, seed=config["seed"], device=device, stop=config["stop"] == "auto",
         level=noise_range(data)[0] if config["noise_std"] == "auto" else None, compile=config["compile"], init_prior=config.get("init_prior"),
     )  # fmt: skip
@@ -143,10 +148,15 @@ def default_refresh(count: int, guidance: str, network: str, device: str) -> int
     return -(-count // 5) if (guidance, network, device) == ("fused", "unet", "cpu") and count > 5000 else 0
 
 
-def default_steps(count: int, device: str, network: str) -> int:
-    """Steps of an M-step: about 20 passes over the data (10 over those whose turn it is), at least 200, at most 4000 on a GPU, and on a CPU 400, or
-    2000 for an MLP."""
-    return int(min(max(200, 20 * count / 128), 4000 if device == "cuda" else 2000 if network == "mlp" else 400))
+def default_train_batch(device: str, network: str) -> int:
+    """32 for a U-Net on a CPU, which learns more from the same number of data so (docs/ablation.md) and keeps a core busy; else 128."""
+    return 32 if (device, network) == ("cpu", "unet") else 128
+
+
+def default_steps(count: int, device: str, network: str, batch: int) -> int:
+    """Steps of an M-step: about 20 passes over the data (10 over those whose turn it is), at least 25,600 data, at most 512,000 on a GPU, and on a
+    CPU 51,200, or 256,000 for an MLP."""
+    return round(min(max(25_600, 20 * count), 512_000 if device == "cuda" else 256_000 if network == "mlp" else 51_200) / batch)
 
 
 def check_ranges(walk: Config, train: Config, relax: int | None) -> None:

@@ -7,7 +7,14 @@ recorrupted with a factor a of its own (Recorrupted-to-recorrupted, Pang et al. 
 
 Input and target have independent noise, so the least-squares estimator is E[x | input], as if the clean x had been the target. a = infinity
 hides an entry from the input and leaves z itself as the target: splitting (Noise2Void, Krull et al. 2019; SSDU, Yaman et al. 2020) is the same
-objective. Weights are the inverse variance of the target, sigma_z^2 (1 + 1/a^2) + 1/2. Held-out observations end the training.
+objective.
+
+For small a, inputs near the observations themselves, the target's w / a is large. Its effect on the gradient is (d xhat / d theta)(z + a w) w / a,
+and -w undoes all of it but what is even in a: so each w is used with both signs (antithetic), after which the gradient's noise stays bounded as
+a -> 0. The limit of the mean of both losses, less |w / a|^2, is Stein's unbiased estimate |xhat(z) - z|^2 + 2 sigma_z^2 div xhat(z) with one probe
+of the divergence (SURE, Stein 1981; Ramani, Blu & Unser 2008). Weights are 1/(sigma_z^2 (1 + min(1, 1/a^2)) + 1/2), the inverse variance of the part
+of the target that is left. The learning rate falls to 0; the weights are those that predict held-out observations best.
+
 First samples: xhat(z) + V^(1/2) xi, V = sigma_z^2 d xhat / d z, by Lanczos, where every entry was observed. Where some were not, V of these has
 no such form. But estimates from less tell how estimates deviate: with z_S a random half of z's observed entries, xhat(z_S) = E[xhat(z) | z_S], so
 
@@ -60,6 +67,8 @@ class Recorrupted(NamedTuple):
         sigma: Its levels (B, 1, *S or ones), infinite where hidden.
         target: (B, *S).
         weight: (B, *S or ones), 0 where nothing was observed.
+
+    `recorrupt` leaves every datum once, `antithetic` twice.
     """
 
     y: Tensor
@@ -137,8 +146,22 @@ def recorrupt(z: Tensor, sigma_z: Tensor, generator: torch.Generator | None = No
     hidden = a.isinf() | ~observed
     y = torch.where(hidden, 0.0, z + torch.where(hidden, 0.0, a) * w)
     sigma = torch.where(hidden, math.inf, s * torch.sqrt(1 + a.square()))
-    weight = observed / (s.square() * (1 + a**-2) + 0.5)
+    weight = observed / (s.square() * (1 + a.pow(-2).clamp(max=1)) + 0.5)
     return Recorrupted(y[:, None], sigma[:, None], z - w / a, weight)
+
+
+def antithetic(batch: Recorrupted, z: Tensor) -> Recorrupted:
+    """A batch of the observations z (B, *S), and the same with all w of the other sign, 2 B rows.
+
+    >>> both = antithetic(recorrupt(torch.zeros(1, 2), torch.ones(1, 2)), torch.zeros(1, 2))
+    >>> both.y.sum(), both.target.sum(), len(both.weight)
+    (tensor(0.), tensor(0.), 2)
+    """
+    y = torch.where(batch.sigma.isinf(), 0.0, 2 * z[:, None] - batch.y)
+    twice = lambda one, other: torch.cat([one, other])  # noqa: E731
+    return Recorrupted(
+        twice(batch.y, y), twice(batch.sigma, batch.sigma), twice(batch.target, 2 * z - batch.target), twice(batch.weight, batch.weight)
+    )
 
 
 def self_supervised_loss(denoiser: Denoiser, batch: Recorrupted) -> Tensor:

@@ -348,7 +348,7 @@ def train(
     state = load_state(checkpoint, of)
     while True:
         learner = Learner(copy.deepcopy(denoiser), loss, optimiser, total or steps, seed, memory, state)
-        end = HeldOut(torch.arange(count - held_out, count), every=100, patience=4) if held_out else None
+        end = HeldOut(torch.arange(count - held_out, count), every=max(100, (total or steps) // 16), patience=4) if held_out else None
         watch = Watch(learner, end, checkpoint, of)
         for part in (watch, end) if state else ():
             if part is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from emdiff.denoise import GaussianDenoiser
 from emdiff.observations import Observations
-from emdiff.start import choose_start, first_samples, hidden_variance, recorrupt, self_supervised_loss
+from emdiff.start import antithetic, choose_start, first_samples, hidden_variance, recorrupt, self_supervised_loss
 from observers import Identity, Mask, Observer, Projection
 
 S, d = (2, 3), 6
@@ -36,7 +36,7 @@ def test_input_and_target_share_one_noise_and_scale_it_oppositely() -> None:
     torch.testing.assert_close(a, a[:, :1, :1].expand(a.shape), rtol=1e-6, atol=1e-6)
     assert a.min() >= 0.15 - 1e-6 and a.max() <= 6 + 1e-6 and a.min() < 0.2 and a.max() > 5
     torch.testing.assert_close(batch.y[:, 0] - z, a.square() * (z - batch.target), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(batch.weight, 1 / (sigma.square() * (1 + a**-2) + 0.5))
+    torch.testing.assert_close(batch.weight, 1 / (sigma.square() * (1 + a.clamp(min=1) ** -2) + 0.5))
     w = (batch.y[:, 0] - z) / a / sigma
     assert abs(w.square().mean().item() - 1) < 5 * math.sqrt(2 / w.numel())
 
@@ -75,6 +75,32 @@ def test_hidden_entries_are_targets_as_they_are_and_tell_the_input_nothing() -> 
     torch.testing.assert_close((batch.y[:, 0] - z)[into], (a2 * (z - batch.target))[into])
     share = hidden.flatten(1).sum(1) / seen.flatten(1).sum(1).clamp(min=1)
     assert share.mean().item() == pytest.approx(0.5, abs=0.02) and share.min() == 0 and share.max() == 1
+
+
+def test_both_signs_of_w_share_levels_and_hidden_entries_and_their_means_are_the_observation() -> None:
+    z, sigma = masked(500)
+    batch = antithetic(recorrupt(z, sigma, generator()), z)
+    one, other = (part.chunk(2) for part in (batch.y[:, 0], batch.target))
+    seen, into = sigma.isfinite(), batch.sigma[:500, 0].isfinite()
+    assert torch.equal(batch.sigma[:500], batch.sigma[500:]) and torch.equal(batch.weight[:500], batch.weight[500:])
+    torch.testing.assert_close((one[0] + one[1])[into] / 2, z[into])
+    torch.testing.assert_close((other[0] + other[1])[seen] / 2, z[seen])
+    assert (one[0] - one[1])[into].abs().min() > 0 and not one[1][~into].any()
+
+
+def test_the_gradient_of_both_signs_is_steins_and_stays_quiet_near_the_observations() -> None:
+    """xhat = k y, k scalar: d/dk of the mean of both losses is 2 (k (z^2 + a^2 w^2) - z^2 + w^2) against 2 (z + a w)(k (z + a w) - z + w / a), whose
+    variance grows as 1/a^2. Their mean is that of Stein's estimate, 2 ((k - 1) E z^2 + sigma^2) as a -> 0."""
+    count, a, k = 20_000, 0.01, 0.7
+    x, sigma = normal(count, 1), torch.full((count, 1), SIGMA, dtype=torch.float64)
+    z = x + SIGMA * normal(count, 1, seed=1)
+    batch = recorrupt(z, sigma, generator(), (a, a))
+    slope = lambda b: 2 * (b.y[:, 0] * (k * b.y[:, 0] - b.target))[:, 0]  # noqa: E731
+    both = slope(antithetic(batch, z)).chunk(2)
+    stein = 2 * float(((k - 1) * z.square() + SIGMA**2).mean())
+    mean = (both[0] + both[1]) / 2
+    assert mean.mean().item() == pytest.approx(stein, abs=6 * float(mean.std()) / math.sqrt(count))
+    assert float(mean.std()) < 0.05 * float(slope(batch).std())
 
 
 def regression(inputs: Tensor, targets: Tensor) -> Tensor:
