@@ -122,7 +122,7 @@ def _self_supervision(data: Data) -> tuple[bool, str]:
     return True, "each datum misses other entries: hidden parts of the observations are predicted from the rest"
 
 
-def recorrupt(z: Tensor, sigma_z: Tensor, generator: torch.Generator | None = None, a_range: tuple[float, float] = (0.15, 6.0)) -> Recorrupted:
+def recorrupt(z: Tensor, sigma_z: Tensor, generator: torch.Generator | None = None, a_range: tuple[float, float] = (0.05, 2.0)) -> Recorrupted:
     """Draw inputs and targets of the self-supervised objective.
 
     Args:

@@ -34,7 +34,7 @@ def test_input_and_target_share_one_noise_and_scale_it_oppositely() -> None:
     batch = recorrupt(z, sigma, generator())
     a = (batch.sigma[:, 0] / sigma).square().sub(1).sqrt()
     torch.testing.assert_close(a, a[:, :1, :1].expand(a.shape), rtol=1e-6, atol=1e-6)
-    assert a.min() >= 0.15 - 1e-6 and a.max() <= 6 + 1e-6 and a.min() < 0.2 and a.max() > 5
+    assert a.min() >= 0.05 - 1e-6 and a.max() <= 2 + 1e-6 and a.min() < 0.07 and a.max() > 1.8
     torch.testing.assert_close(batch.y[:, 0] - z, a.square() * (z - batch.target), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(batch.weight, 1 / (sigma.square() * (1 + a.clamp(min=1) ** -2) + 0.5))
     w = (batch.y[:, 0] - z) / a / sigma
