@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--iters", type=int, default=10)
+    parser.add_argument("--only", choices=("noise", "mask"))
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     args.folder = args.folder or Path("runs/bench_quick" if args.quick else "runs/bench")
@@ -98,6 +99,8 @@ def main() -> None:
     count, args.iters = (300, 2) if args.quick else (3000, args.iters)
     figures: dict[str, Any] = {}
     for name, observer in (("noise", "identity"), ("mask", "mask")):
+        if args.only not in (None, name):
+            continue
         out, file = fit_run(args.folder, args.data, observer, count, "self-supervised", args.seed, args.iters, args.quick)
         found, reasons = judged(out, file, 30 if args.quick else 500, 8 if args.quick else 16)
         found |= chosen(out, file, 30 if args.quick else SCORED)
