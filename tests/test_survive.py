@@ -129,8 +129,7 @@ def test_a_stopped_training_goes_on_to_the_same_bits(often, tmp_path: Path, monk
         for _ in range(100):
             calls = iter(range(10**6))
             with monkeypatch.context() as patch:
-                patch.setattr(interrupt, "asked", lambda calls=calls: next(calls) > 37)
-                patch.setattr(interrupt, "check", lambda calls=calls: next(calls) > 37 and stop())
+                patch.setattr(interrupt, "asked", lambda calls=calls: signal.SIGTERM if next(calls) > 37 else 0)
                 try:
                     again = train(Line(), slope_loss, **how, checkpoint=path)
                     break
@@ -161,8 +160,8 @@ def test_a_stopped_e_step_goes_on_to_the_same_bits(often, observed: str, tmp_pat
     while lives < 20:
         lives, calls = lives + 1, iter(range(100))
         with monkeypatch.context() as patch:
-            patch.setattr("emdiff.em.asked", lambda: True)
-            patch.setattr("emdiff.em.check", lambda calls=calls: next(calls) > 0 and stop())
+            patch.setattr("emdiff.unfinished.asked", lambda: True)
+            patch.setattr("emdiff.unfinished.check", lambda calls=calls: next(calls) > 0 and stop())
             try:
                 again = run(path)
                 break
