@@ -298,7 +298,7 @@ def spread(devices: int, device: str, arguments: list[str]) -> int:
         from emdiff.processes import check_devices
 
         check_devices(resolve_device(device), devices)
-    return launch(devices, arguments)
+    return launch(devices, [sys.executable, "-m", "emdiff.cli", *arguments])
 
 
 def main(arguments: Optional[list[str]] = None) -> None:
@@ -328,7 +328,8 @@ def main(arguments: Optional[list[str]] = None) -> None:
         print(f"emdiff: {error}", file=sys.stderr)
         sys.exit(3)
     except Lost as error:
-        print(f"emdiff: {error}; the same command continues", file=sys.stderr)
+        if str(error):
+            print(f"emdiff: {error}; the same command continues", file=sys.stderr)
         sys.exit(LOST)
     except Stopped as stop:
         print(f"emdiff: stopped by {stop}; the same command continues where it was", file=sys.stderr)

@@ -100,7 +100,7 @@ def fit_command(config: Config, defaults: Config, forked: str | None = None) -> 
     with joined(device, config["devices"]) as team:
         data = team.after_first(lambda: opened(config))
         decided = team.lead(decide, config, data, device)
-        check_shares(decided.plan, len(data), team.size)
+        team.once(check_shares, decided.plan, len(data), team.size)
         if team.first:
             first_of(config, defaults, forked, data, decided, team)
         else:

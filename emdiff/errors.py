@@ -29,7 +29,7 @@ LOST = 4
 
 
 class Lost(Exception):
-    """Another process of this fit is gone: status LOST; the same command continues."""
+    """Another process of this fit is gone: status LOST; the same command continues. Without a message where somebody else says so."""
 
 
 def printable(text: str, most: int = 1000) -> str:

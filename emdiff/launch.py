@@ -34,8 +34,8 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def launch(count: int, arguments: list[str]) -> int:
-    """Run `emdiff ARGUMENTS` in several processes; returns the exit status.
+def launch(count: int, command: list[str]) -> int:
+    """Run a command in several processes; returns the exit status.
 
     0 if all ended so; 128 + n after signal n; else that of the process that failed first, 128 + n where signal n killed it.
     """
@@ -46,7 +46,7 @@ def launch(count: int, arguments: list[str]) -> int:
         processes: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(count):
-                processes.append(_start(rank, count, arguments, Path(folder) / "meet", end))
+                processes.append(_start(rank, count, command, Path(folder) / "meet", end))
             return _attend(processes, heard)
         finally:
             for process in processes:
@@ -58,12 +58,11 @@ def launch(count: int, arguments: list[str]) -> int:
                 signal.signal(number, handler)
 
 
-def _start(rank: int, count: int, arguments: list[str], meet: Path, end: int) -> subprocess.Popen[bytes]:
+def _start(rank: int, count: int, command: list[str], meet: Path, end: int) -> subprocess.Popen[bytes]:
     """One process; in a session of its own, so that the terminal's signals reach it once, from here."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, MEET: meet, PARENT: end}
     local = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     environment = {**local, **os.environ, **{name: str(value) for name, value in place.items()}}
-    command = [sys.executable, "-m", "emdiff.cli", *arguments]
     return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, pass_fds=[end], start_new_session=True)
 
 

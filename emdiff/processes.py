@@ -213,4 +213,6 @@ def joined(device: str, wanted: int = 1) -> Iterator[Team]:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)):
             raise
         interrupt.check()
-        raise Lost(f"process {team.rank + 1} of {team.size} cannot reach the others ({str(error).splitlines()[0]})") from error
+        reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
+        told = MEET in os.environ and not team.first  # by the process that started this one, or by the one that ended
+        raise Lost("" if told else f"process {team.rank + 1} of {team.size} lost another one ({reason})") from error

@@ -21,6 +21,7 @@ from emdiff.em import Walk
 from emdiff.errors import UsageError
 from emdiff.folder import RunFolder
 from emdiff.interrupt import GRACE
+from emdiff.launch import launch
 from emdiff.outline import Plan
 from emdiff.plan import check_shares
 from emdiff.processes import ALONE, Team, check_devices, joined, place
@@ -142,6 +143,55 @@ def test_collectives_trainings_and_a_shared_gaussian(tmp_path: Path) -> None:
     assert first["gaussian"] < 1e-9 and first["loss of 13"][0] == pytest.approx(first["loss of 13"][1], rel=1e-6)
     assert first["stopped"] == [143, 143] and first["again"] == first["whole"] == pytest.approx(3.3, abs=0.2)
     assert first["held out"][0] == pytest.approx(3.3, abs=0.3) and first["held out"][1] > 0
+
+
+CHILD = """
+import os, signal, sys, time
+from emdiff.launch import follow_parent
+rank, how = os.environ["RANK"], sys.argv[1 + int(os.environ["RANK"])]
+signal.signal(signal.SIGTERM, lambda *_: None if how == "deaf" else os._exit(143))
+follow_parent()
+open(f"here.{rank}", "w").write(str(os.getpid()))
+if how == "waits" or how == "deaf":
+    time.sleep(60)
+while not all(os.path.exists(f"here.{r}") for r in range(int(os.environ["WORLD_SIZE"]))):
+    time.sleep(0.01)
+os.kill(os.getpid(), 9) if how == "killed" else os._exit(int(how))
+"""
+
+
+@pytest.mark.parametrize(
+    "ends, status, said",
+    [("00", 0, ""), ("03", 3, ""), ("42", 2, ""), ("0k", 137, "process 2 of 2"), ("w1", 1, "process 2 of 2"), ("d3", 3, ""), ("w4", 4, "")],
+)
+def test_the_launcher_ends_all_with_the_status_of_the_one_that_failed(
+    ends: str, status: int, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """w waits, d is deaf to SIGTERM, k is killed; a number is how it ends. One that only lost another one (4) is not the one that failed."""
+    monkeypatch.setattr("emdiff.launch.PATIENCE", 0.5)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "child.py").write_text(CHILD)
+    ways = [{"w": "waits", "d": "deaf", "k": "killed"}.get(end, end) for end in ends]
+    assert launch(2, [sys.executable, str(tmp_path / "child.py"), *ways]) == status
+    errors = capfd.readouterr().err
+    assert errors.count("emdiff:") == bool(said) and said in errors
+    assert not [rank for rank in "01" if Path(f"/proc/{Path(f'here.{rank}').read_text()}").exists()]
+
+
+def test_processes_end_when_the_launcher_is_killed_and_when_it_is_told_to(tmp_path: Path) -> None:
+    (tmp_path / "child.py").write_text(CHILD)
+    program = f"import sys; from emdiff.launch import launch; sys.exit(launch(2, [sys.executable, {str(tmp_path / 'child.py')!r}, 'waits', 'waits']))"
+    for number, status in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
+        process = start(sys.executable, "-c", program)
+        when(lambda: all(Path(f"here.{rank}").is_file() and Path(f"here.{rank}").read_text() for rank in "01"), process)
+        theirs = [Path("/proc", Path(f"here.{rank}").read_text()) for rank in "01"]
+        process.send_signal(number)
+        assert process.wait(30) == status
+        for proc in theirs:
+            while proc.exists() and "Z" not in (proc / "stat").read_text().rpartition(")")[2]:
+                time.sleep(0.01)
+        for rank in "01":
+            Path(f"here.{rank}").unlink()
 
 
 def test_two_processes_end_with_the_figures_of_one(two: Path) -> None:
