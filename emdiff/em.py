@@ -238,7 +238,7 @@ def e_step(
             if name not in arrays:
                 arrays[name] = torch.empty(shape, dtype=batch.dtype)
             arrays[name][span] = batch.cpu()
-        done.add(draws)
+        done.add(draws.kept, (draws.tau, draws.restarted, draws.residual, draws.iterations))
     done.save(arrays, generator)
     progress(len(data))
     tau, restarted, residual, iterations = zip(*done.parts)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from emdiff.checkpoint import State, load_state, save_state
 from emdiff.interrupt import Clock, asked, check
-
-if TYPE_CHECKING:
-    from emdiff.em import Draws
 
 
 class Batches:
@@ -44,10 +41,10 @@ class Batches:
         """Observations done."""
         return sum(map(len, self.kept))
 
-    def add(self, draws: Draws) -> None:
-        """One more batch."""
-        self.kept.append(draws.kept.cpu())
-        self.parts.append((draws.tau, draws.restarted, draws.residual, draws.iterations))
+    def add(self, kept: Tensor, part: tuple[float, int, float, float]) -> None:
+        """One more batch: its kept data, bool (B,), and tau, restarted, residual, iterations, as in `em.Draws`."""
+        self.kept.append(kept.cpu())
+        self.parts.append(part)
 
     def between(self, arrays: dict[str, Any], generator: torch.Generator) -> None:
         """Before a batch: save if it is time, but spend no more than a tenth of the time on it; end if that was asked for."""
