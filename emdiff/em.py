@@ -229,7 +229,8 @@ def e_step(
         done.forget(generator)
     for i in range(done.count(), len(data), walk.batch):
         done.between(arrays, generator)
-        progress(i)
+        if i:
+            progress(i)
         span = slice(i, min(i + walk.batch, len(data)))
         before = None if chains is None else chains[span].to(device)
         draws = _walk_within(bound, prior, data.rows(span).to(device), before, walk, taus, generator, tau_chains)
