@@ -139,6 +139,8 @@ def first_of(config: Config, defaults: Config, forked: str | None, data: Data, d
         interrupt.at_the_end(run.close)
         interrupt.check()
         print_plan(data, scale, plan, reasons, out, run.finished())
+        if not team.alone:
+            print(f"processes     {team.size}, {team.local_size} on each machine; each walks and trains on its share", flush=True)
         for line in blind_spots(data, stream(config["seed"], "blind spots")):
             print(f"warning: {line}", flush=True)
         tracker = Tracker(config["wandb"], out, resolved, warn=lambda line: print(f"note: {line}"))

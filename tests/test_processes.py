@@ -52,12 +52,21 @@ def slope(net, index, generator):
     x = torch.randn(len(index), generator=generator)
     return (net.a * x - (3 + 0.01 * index) * x).square().mean()
 
+class Bursting:  # in the second process alone, for a window of steps
+    def __init__(self, rank):
+        self.left = 50 if rank else 10**6
+
+    def __call__(self, net, index, generator):
+        self.left -= 1
+        return net.a * float("nan") if -8 < self.left < 0 else slope(net, index, generator)
+
 def slow(net, index, generator):
     return (net.a - index.float()).square().mean()
 
+all_threads = torch.get_num_threads()
 with joined("cpu") as team:
     found = {"rank": team.rank, "gathered": team.gather(team.rank), "led": team.lead(lambda: f"by {team.rank}"), "largest": team.largest(team.rank)}
-    found["threads"] = torch.get_num_threads()
+    found["threads"] = [all_threads, torch.get_num_threads()]
     x = torch.randn(41, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mask = (torch.rand(41, 3, generator=torch.Generator().manual_seed(1)) < 0.7).double()
     data = Observations(mask * x, Mask((3,), torch.tensor(0.5, dtype=torch.float64), mask))
@@ -77,6 +86,9 @@ with joined("cpu") as team:
         except interrupt.Stopped as stop:
             found.setdefault("stopped", []).append(stop.status)
             team.wait()
+    said = []
+    burst = train(Line(), Bursting(team.rank), 64, 240, batch=9, rate=0.8, seed=6, team=team, say=said.append)
+    found["burst"] = [float(burst.denoiser.a), burst.retreats, said]
     held = train(Line(), slope, 64, 300, batch=8, rate=0.1, seed=5, held_out=16, team=team)
     found |= {"whole": float(whole.denoiser.a), "again": float(again.denoiser.a), "held out": [float(held.denoiser.a), held.held_out, held.steps]}
     Path(f"{sys.argv[1]}.{team.rank}").write_text(json.dumps(found))
@@ -87,6 +99,7 @@ def start(*command: str, **environment: str) -> subprocess.Popen[str]:
     """A program on this checkout, one thread per process, states saved often."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     surroundings = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "EMDIFF_CHECKPOINT_SECONDS": "0.1", **environment}
+    surroundings = {name: value for name, value in surroundings.items() if value}
     return subprocess.Popen(command, env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -131,15 +144,19 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_collectives_trainings_and_a_shared_gaussian(tmp_path: Path) -> None:
-    """Two processes: a Gaussian fitted to shares is that of all; a batch of 13 has the loss that one process has; a training that is stopped in one
-    process stops in both at one step and goes on to the same bits."""
+    """Two processes, which divide the threads: a Gaussian fitted to shares is that of all; a batch of 13 has the loss that one process has; a
+    training that is stopped in one process stops in both at one step and goes on to the same bits; a loss that is not finite in one sends both back.
+    """
     (tmp_path / "worker.py").write_text(WORKER)
-    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "EMDIFF_MEET": str(tmp_path / "meet")}
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "EMDIFF_MEET": str(tmp_path / "meet"), "OMP_NUM_THREADS": ""}
     workers = [start(sys.executable, str(tmp_path / "worker.py"), str(tmp_path / "out"), RANK=r, LOCAL_RANK=r, **place) for r in ("0", "1")]
     assert [worker.communicate(timeout=120)[1] and worker.returncode for worker in workers] in ([0, 0], ["", ""]), [w.returncode for w in workers]
     first, second = (json.loads((tmp_path / f"out.{rank}").read_text()) for rank in (0, 1))
     assert first.pop("rank") == 0 and second.pop("rank") == 1 and first == second, "weights too are equal, to the last bit"
-    assert first["gathered"] == [0, 1] and first["led"] == "by 0" and first["largest"] == 1 and first["threads"] == 1
+    assert first["gathered"] == [0, 1] and first["led"] == "by 0" and first["largest"] == 1
+    assert first["threads"][1] == max(1, first["threads"][0] // 2)
+    a, retreats, said = first["burst"]
+    assert a == pytest.approx(3.3, abs=0.3) and retreats == len(said) == 1 and "nan" in said[0]
     assert first["gaussian"] < 1e-9 and first["loss of 13"][0] == pytest.approx(first["loss of 13"][1], rel=1e-6)
     assert first["stopped"] == [143, 143] and first["again"] == first["whole"] == pytest.approx(3.3, abs=0.2)
     assert first["held out"][0] == pytest.approx(3.3, abs=0.3) and first["held out"][1] > 0
