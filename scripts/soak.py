@@ -87,8 +87,8 @@ def main() -> int:
     clean = np.stack([np.exp(-((y - a) ** 2 + (x - b) ** 2) / 4) for a, b in at])
     noisy = (clean + 0.1 * np.random.default_rng(1).standard_normal(clean.shape)).astype("f4")
     np.savez(args.out / "obs.npz", obs=noisy, observer="identity", noise_std=0.1)
-    run = args.out / "run"
-    command = [sys.executable, "-m", "emdiff.cli", "fit", "--observations", str(args.out / "obs.npz"), "--out", str(run), "--iters", "1000000"]
+    run, most = args.out / "run", int(400 * args.minutes) + 1  # more rounds than there is time for, no more than the disk has room for
+    command = [sys.executable, "-m", "emdiff.cli", "fit", "--observations", str(args.out / "obs.npz"), "--out", str(run), "--iters", str(most)]
     command += ["--train.steps", "20", "--train.start-steps", "40", "--walk.levels", "8", "--wandb", "off", "--device", "cpu"]
     command += ["--keep", str(args.keep)] if args.keep else []
     rows, rounds, clock = [], [], time.monotonic()
