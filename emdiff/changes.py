@@ -24,7 +24,7 @@ from emdiff.errors import UsageError
 from emdiff.files import one_line, remove_leftovers, sha256
 from emdiff.reading import read_json, read_yaml
 
-FREE = ("iters", "stop", "device", "compile", "wandb", "out", "observations", "keep")
+FREE = ("iters", "stop", "device", "compile", "wandb", "out", "observations", "keep", "devices")
 """Settings that may change when a run is continued; the observations are compared by their fingerprint."""
 
 VERSIONS = ("emdiff", "torch")

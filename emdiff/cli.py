@@ -15,8 +15,9 @@ from yaml import YAMLError
 
 from emdiff.checks import at_least, positive, suffix
 from emdiff.cli_prior import denoise, sample, train
-from emdiff.errors import FitFailed, UsageError
+from emdiff.errors import LOST, FitFailed, Lost, UsageError
 from emdiff.interrupt import Stopped, listening
+from emdiff.launch import launch, launched
 from emdiff.reading import check_configs, guarded
 from emdiff.settings import TrainSettings, WalkSettings
 from observers.instruments import Recipe, identity
@@ -69,6 +70,7 @@ def fit(
     uint8_range: bool = False,
     seed: int = 0,
     device: Device = "auto",
+    devices: int = 1,
     compile: bool = False,
     wandb: Literal["auto", "online", "offline", "off"] = "auto",
     fork: Optional[str] = None,
@@ -97,6 +99,7 @@ def fit(
         uint8_range: Accept uint8 observations and divide them by 255.
         seed: Seed of everything random.
         device: cpu, cuda, or whichever is there.
+        devices: Processes on this machine that fit together, one GPU each, or sharing the processor's threads; torchrun and SLURM: docs/scaling.md.
         compile: Run the network of the E-step through torch.compile; pays where an E-step takes minutes (docs/speed.md).
         wandb: Weights & Biases: auto is online where you are logged in, else offline.
         fork: New run folder, to which the finished rounds of --out are copied; the fit goes on there under the settings of this command.
@@ -106,9 +109,10 @@ def fit(
     """
     config = _plain(locals())
     with listening():
-        from emdiff.commands import fit_command
+        from emdiff.commands_fit import fit_command
 
         at_least("--iters", iters, 1)
+        at_least("--devices", devices, 1)
         at_least("--keep", 1 if keep is None else keep, 1)
         if fork is not None and out is None:
             raise UsageError(f"--fork {fork}: say with --out which run to fork")
@@ -287,6 +291,16 @@ def dashes(argument: str) -> str:
     return argument if not found else found[0][:2] + found[0][2:].replace("-", "_") + argument[found.end() :]
 
 
+def spread(devices: int, device: str, arguments: list[str]) -> int:
+    """Run a command in several processes on this machine; returns its exit status."""
+    if device != "cpu":
+        from emdiff.plan import resolve_device
+        from emdiff.processes import check_devices
+
+        check_devices(resolve_device(device), devices)
+    return launch(devices, [sys.executable, "-m", "emdiff.cli", *arguments])
+
+
 def main(arguments: Optional[list[str]] = None) -> None:
     """Run a command; bad input ends with status 2 and one message."""
     arguments = [dashes(a) for a in (sys.argv[1:] if arguments is None else arguments)]
@@ -304,6 +318,8 @@ def main(arguments: Optional[list[str]] = None) -> None:
         parser.error(str(error))
     settings.pop("config", None)
     try:
+        if settings.get("devices", 1) > 1 and not launched():
+            sys.exit(spread(settings["devices"], settings["device"], arguments))
         COMMANDS[chosen.subcommand](**settings)
     except UsageError as error:
         print(f"emdiff: {error}", file=sys.stderr)
@@ -311,6 +327,10 @@ def main(arguments: Optional[list[str]] = None) -> None:
     except FitFailed as error:
         print(f"emdiff: {error}", file=sys.stderr)
         sys.exit(3)
+    except Lost as error:
+        if str(error):
+            print(f"emdiff: {error}; the same command continues", file=sys.stderr)
+        sys.exit(LOST)
     except Stopped as stop:
         print(f"emdiff: stopped by {stop}; the same command continues where it was", file=sys.stderr)
         sys.exit(stop.status)

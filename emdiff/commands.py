@@ -6,75 +6,33 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from emdiff import interrupt
-from emdiff.changes import fork, versions
+from emdiff.changes import versions
 from emdiff.compiled import for_sampling
-from emdiff.console import Bars
 from emdiff.data import Data, Observations
 from emdiff.errors import UsageError
 from emdiff.evaluate import Evaluation, Task, drifts, evaluate, ratios, write_evaluation
 from emdiff.features import feature_module
-from emdiff.figures import is_image, save_progress, save_rows, save_samples
-from emdiff.fit import run_fit
-from emdiff.identify import blind_spots
-from emdiff.metrics import residual_chi2, truth_figures
-from emdiff.noise import depends_on_signal, first_noise, with_counts, with_level
-from emdiff.observations import open_data, open_observations, open_truth, write_parts
-from emdiff.plan import Config, default_name, make_plan, print_plan, read_init_prior, resolve_device, resolved_config
+from emdiff.figures import is_image, save_rows
+from emdiff.metrics import residual_chi2
+from emdiff.observations import open_data, open_truth, write_parts
+from emdiff.plan import resolve_device
 from emdiff.posterior import check_shape, run_walk, sample_posterior, settled
 from emdiff.prior import check_any_level, load_prior
 from emdiff.reading import read_json, read_yaml
 from emdiff.report import write_report
 from emdiff.rows import BLOCK, Rows, spans
-from emdiff.runs import Run, latest_prior, round_metrics, round_of
-from emdiff.scale import estimate_scale
+from emdiff.runs import latest_prior, round_metrics, round_of
 from emdiff.streams import stream
 from emdiff.track import Tracker
-from emdiff.turns import rows_of
 from emdiff.written import NewArchive
 from observers import Observer
 from observers.recipes import Recipe
-
-
-class Console(Bars):
-    """Progress bars that name the phase and the time left, and a line per round; pictures and W&B at the end of each round.
-
-    Args:
-        run: The run folder.
-        tracker: W&B.
-        fixed: What stands above the samples in pictures: the truth, if known, and observations of the shape of x, (n, *S) each.
-        keep: Rounds whose priors, samples and pictures are kept; None for all.
-    """
-
-    def __init__(self, run: Run, tracker: Tracker, fixed: dict[str, Tensor], keep: int | None = None) -> None:
-        super().__init__(run.lock.renew)
-        self.run, self.tracker, self.fixed, self.keep = run, tracker, fixed, keep
-
-    def round(self, k: int, metrics: dict[str, Any], pictures: dict[str, Tensor]) -> None:
-        """Say how the round went, and draw it."""
-        self.close()
-        names = {"chi2": "chi2", "sample_std": "std", "observation_agreement": "agreement", "error": "error", "noise_std": "noise"}
-        names["restarted"] = "restarted"
-        figures = "  ".join(f"{label} {metrics[name]:.4g}" for name, label in names.items() if name in metrics)
-        print(f"{'start   ' if not k else f'round {k:3d}'}  {figures}  ({metrics['seconds']:.0f} s)", flush=True)
-        folder = self.run.path / "figures"
-        for name, x in pictures.items():
-            save_samples(folder / f"{name}_{k:03d}.png", x, f"{name}, iteration {k}")
-        rows = folder / f"rows_{k:03d}.png"
-        save_rows(rows, {**self.fixed, "sample": pictures["samples"][:12]})
-        history = [self.run.metrics(j) for j in range(k + 1)]
-        save_progress(folder / "progress.png", history)
-        self.tracker.log(metrics, {**pictures, "rows": rows})
-        if self.keep is not None:
-            self.run.prune(self.keep)
-        write_report(self.run.path)
 
 
 def bars(span: slice | None = None, count: int = 0) -> Callable[[str, int], Callable[[int], None]]:
@@ -116,53 +74,6 @@ def observe_command(data: Path, recipe: Recipe, noise_std: float, count: int | N
     write_parts(out, len(x), parts())
     print(f"{len(x)} observations of shape {shape} through {name}, noise_std {noise_std:g} -> {out}")
     print(f"next: emdiff fit --observations {out}")
-
-
-def fit_command(config: Config, defaults: Config, forked: str | None = None) -> None:
-    """`emdiff fit`; defaults are the settings of a user who says nothing, forked the folder of a fork, if one is wanted."""
-    path, device = Path(config["observations"]), resolve_device(config["device"])
-    shape = tuple(config["shape"]) if config["shape"] else None
-    unknown = config["noise_std"] == "auto"
-    data = open_observations(path, config["observer"], 1.0 if unknown else config["noise_std"], shape, config["uint8_range"])
-    if unknown:
-        data = with_level(data, first_noise(data))
-    elif depends_on_signal(data):
-        data = with_counts(data, None)
-    initial = config["init_prior"]
-    scale = read_init_prior(Path(initial), data).scale if initial else estimate_scale(data, stream(config["seed"], "scale"))
-    plan, reasons = make_plan(config, data, scale, device)
-    resolved = resolved_config(config, plan)
-    out = Path(config["out"]) if config["out"] else Path("runs") / default_name(path, resolved)
-    if forked is not None:
-        fork(out, Path(forked), resolved, path, (len(data), *data.shape), config, defaults)
-        out, resolved = Path(forked), {**resolved, "out": forked}
-    needed = 4 * (plan.iters + 6) * len(data) * math.prod(data.shape)
-    with Run(out, resolved, path, needed, config, defaults) as run:
-        interrupt.at_the_end(run.close)
-        interrupt.check()
-        print_plan(data, scale, plan, reasons, out, run.finished())
-        for line in blind_spots(data, stream(config["seed"], "blind spots")):
-            print(f"warning: {line}", flush=True)
-        tracker = Tracker(config["wandb"], out, resolved, warn=lambda line: print(f"note: {line}"))
-        truth, obs = open_truth(path), data.rows(slice(0, 12)).obs
-        fixed = {} if truth is None else {"truth": truth[:12]}
-        console = Console(run, tracker, fixed | ({"observation": obs} if obs.shape[1:] == data.shape else {}), config["keep"])
-        try:
-            judge = (lambda x, rows: {}) if truth is None else (lambda x, rows: truth_figures(x, rows_of(truth, rows)))
-            run_fit(data, scale, plan, run, console, judge)
-            if _stale(out / "report.html", run.round_path(run.finished()) / "metrics.json"):
-                write_report(out)
-        finally:
-            console.close()
-            tracker.artifact(out / "report.html")
-            tracker.close()
-    print(f"prior: {latest_prior(out)}   report: {out / 'report.html'}   pictures: {out / 'figures'}   figures: {out / 'metrics.jsonl'}")
-    print(f"next: emdiff evaluate --run {out} --observations {path}; emdiff sample --run {out} --out samples.npz")
-
-
-def _stale(page: Path, source: Path) -> bool:
-    """Whether a page is missing or older than what it shows: the process that wrote it was stopped."""
-    return not page.is_file() or page.stat().st_mtime < source.stat().st_mtime
 
 
 def reconstruct_command(run: Path, data: Data, samples: int, out: Path, seed: int, device: str, compile: bool = False) -> None:

@@ -11,7 +11,6 @@ Source: Learning Diffusion Priors from Observations by Expectation Maximization 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,16 +20,15 @@ from torch import Tensor
 
 from emdiff.accumulate import accumulate, levels
 from emdiff.basewalk import descend, fused, guided
-from emdiff.checkpoint import State, load_state, save_state
 from emdiff.data import Data, Observations, measured, observer_name
 from emdiff.deconvolution import whitened
 from emdiff.denoise import Denoiser
 from emdiff.guidance import TOLERANCE, FusedPosterior, PosteriorDenoiser
-from emdiff.interrupt import Clock, asked, check
 from emdiff.langevin import STEPS
 from emdiff.mdae import MDAE
 from emdiff.prior import TAU_FIRST
 from emdiff.rows import Array, Store
+from emdiff.unfinished import Batches
 
 Progress = Callable[[int], None]
 
@@ -189,57 +187,6 @@ def escaped(x: Tensor, bound: float) -> Tensor:
     return ~((size <= bound) & size.isfinite())
 
 
-class Batches:
-    """The batches of an E-step that are done: their figures, and now and then a state on disk; their arrays are where `e_step` puts them.
-
-    Args:
-        path: Where the state is saved; None for nowhere.
-        of: Names the E-step: what another one left is not taken up.
-        generator: Set to where it was after the last saved batch.
-    """
-
-    def __init__(self, path: Path | None, of: str, generator: torch.Generator) -> None:
-        self.path, self.of, self.clock, self.cost = path, of, Clock(), 0.0
-        self.parts: list[tuple[float, int, float, float]] = []
-        self.kept: list[Tensor] = []
-        state = load_state(path, of)
-        if state is not None:
-            generator.set_state(state.tensors["generator"])
-            self.parts = [(tau, restarted, residual, iterations) for tau, restarted, residual, iterations in state.numbers["parts"]]
-            self.kept = [state.tensors["kept"]]
-
-    def forget(self, generator: torch.Generator) -> None:
-        """Begin anew."""
-        self.parts, self.kept = [], []
-        generator.manual_seed(generator.initial_seed())
-
-    def count(self) -> int:
-        """Observations done."""
-        return sum(map(len, self.kept))
-
-    def add(self, draws: Draws) -> None:
-        """One more batch."""
-        self.kept.append(draws.kept.cpu())
-        self.parts.append((draws.tau, draws.restarted, draws.residual, draws.iterations))
-
-    def between(self, arrays: dict[str, Any], generator: torch.Generator) -> None:
-        """Before a batch: save if it is time, but spend no more than a tenth of the time on it; end if that was asked for."""
-        if self.parts and (asked() or self.clock.due(10 * self.cost)):
-            self.save(arrays, generator)
-        check()
-
-    def save(self, arrays: dict[str, Any], generator: torch.Generator) -> None:
-        """Hand the arrays to the disk, then say how far they are filled."""
-        if self.path is None:
-            return
-        begun = time.monotonic()
-        for array in arrays.values():
-            array.sync()
-        tensors = {"kept": torch.cat(self.kept), "generator": generator.get_state()}
-        save_state(self.path, State(self.of, {"parts": self.parts}, tensors))
-        self.cost = time.monotonic() - begun
-
-
 @torch.no_grad()
 def e_step(
     prior: Denoiser,
@@ -282,6 +229,8 @@ def e_step(
         done.forget(generator)
     for i in range(done.count(), len(data), walk.batch):
         done.between(arrays, generator)
+        if i:
+            progress(i)
         span = slice(i, min(i + walk.batch, len(data)))
         before = None if chains is None else chains[span].to(device)
         draws = _walk_within(bound, prior, data.rows(span).to(device), before, walk, taus, generator, tau_chains)
@@ -290,9 +239,9 @@ def e_step(
             if name not in arrays:
                 arrays[name] = torch.empty(shape, dtype=batch.dtype)
             arrays[name][span] = batch.cpu()
-        done.add(draws)
-        progress(span.stop)
+        done.add(draws.kept, (draws.tau, draws.restarted, draws.residual, draws.iterations))
     done.save(arrays, generator)
+    progress(len(data))
     tau, restarted, residual, iterations = zip(*done.parts)
     mean = lambda values: sum(values) / len(values)  # noqa: E731
     return Draws(arrays["y"], arrays["x"], tau[0], sum(restarted), torch.cat(done.kept), mean(residual), mean(iterations), arrays.get("sample"))

@@ -24,6 +24,14 @@ class FitFailed(Exception):
     """A fit that cannot go on, for a reason that lies in the numbers and not in the input: status 3, one line, and a run folder that is whole."""
 
 
+LOST = 4
+"""Exit status of a process that has lost another one of its fit."""
+
+
+class Lost(Exception):
+    """Another process of this fit is gone: status LOST; the same command continues. Without a message where somebody else says so."""
+
+
 def printable(text: str, most: int = 1000) -> str:
     r"""Text as it may be shown: one line, escapes for what a terminal would act on, the middle of what is long left out.
 

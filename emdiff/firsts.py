@@ -12,17 +12,20 @@ from torch import Tensor
 from emdiff.components import STAGES, fit_mixture
 from emdiff.data import Data, measured
 from emdiff.em import e_step
+from emdiff.folder import RunFolder
 from emdiff.gaussian import condition, fit_gaussian
 from emdiff.mdae import MDAE
 from emdiff.outline import Listener, Plan
 from emdiff.posterior import sample_posterior
 from emdiff.prior import Prior, build_network, load_prior, set_precision
+from emdiff.processes import ALONE, Team
 from emdiff.rows import BLOCK, Array, Index, Rows, row_spans, spans
-from emdiff.runs import Run
 from emdiff.scale import Scale
 from emdiff.start import antithetic, first_samples, recorrupt, self_supervised_loss
 from emdiff.streams import stream, stream_seed
 from emdiff.training import Optimiser, Trained, train
+from emdiff.turns import those_of
+from emdiff.written import NewArray
 
 GAUSSIAN_ITERATIONS = 20
 """EM iterations of the Gaussian start, where it has no closed form."""
@@ -31,68 +34,82 @@ HELD_OUT = 4096
 """Most observations held out of the self-supervised training: each check looks at all of them."""
 
 
-def start_round(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Array, Prior, dict[str, Any]]:
-    """First samples x (N, *S), the network they leave behind, and figures; data standardised."""
+def start_round(
+    data: Data, scale: Scale, plan: Plan, run: RunFolder, listener: Listener, team: Team = ALONE
+) -> tuple[Array, Prior, dict[str, Any]]:  # fmt: skip
+    """First samples x (N, *S), the network they leave behind, and figures; data standardised. Each process makes its part of the samples."""
     if plan.init_prior is not None:
-        return start_from_prior(data, scale, plan, run, listener)
+        return start_from_prior(data, scale, plan, run, listener, team)
     if plan.start.kind == "mixture":
-        return start_from_mixture(data, scale, plan, run, listener)
+        return start_from_mixture(data, scale, plan, run, listener, team)
     torch.manual_seed(stream_seed(plan.seed, "network"))
     denoiser = set_precision(build_network(data.shape, **plan.network), plan.device)
     metrics: dict[str, Any] = {"start": plan.start.kind}
     if plan.start.kind == "self-supervised":
-        trained = train_start(denoiser, data, plan, listener, run.checkpoint(0))
+        trained = train_start(denoiser, data, plan, listener, run.checkpoint(0), team)
         denoiser = trained.denoiser
         metrics |= {"start_steps": trained.steps, "start_held_out": trained.held_out, "retreats": trained.retreats}
-    gaussian = None
+    own, gaussian = those_of(data, team.rows(len(data))), None
     if plan.start.kind == "gaussian":
-        bar = listener.phase("start: Gaussian EM", GAUSSIAN_ITERATIONS)
-        gaussian = fit_gaussian(data, GAUSSIAN_ITERATIONS, generator=stream(plan.seed, "gaussian"), progress=bar).to(plan.device)
-    draw, x, largest = stream(plan.seed, "first samples", device=plan.device), run.scratch(0, "x", (len(data), *data.shape)), 0.0
-    bar = listener.phase("start: first samples", len(data))
-    for i in range(0, len(data), plan.walk.batch):
-        span = slice(i, min(i + plan.walk.batch, len(data)))
-        batch = data.rows(span).to(plan.device)
+        bar, draw = listener.phase("start: Gaussian EM", GAUSSIAN_ITERATIONS), stream(team.seed(plan.seed), "gaussian")
+        gaussian = fit_gaussian(own, GAUSSIAN_ITERATIONS, generator=draw, progress=bar, total=team.total).to(plan.device)
+    draw, x, largest = stream(team.seed(plan.seed), "first samples", device=plan.device), own_x(run, own, team), 0.0
+    bar = listener.phase("start: first samples", len(own))
+    for i in range(0, len(own), plan.walk.batch):
+        span = slice(i, min(i + plan.walk.batch, len(own)))
+        batch = own.rows(span).to(plan.device)
         if plan.start.kind == "gaussian":
             part = condition(gaussian, batch.observer, batch.obs, draw).x
         else:
             part = first_samples(denoiser, batch, draw)
         x[span], largest = part, max(largest, float(part.abs().max()))
         bar(span.stop)
-    metrics["bound"] = 2 * largest
-    return x.commit(), Prior(denoiser, scale, data.shape, plan.walk.tau_last, plan.network), metrics
+    metrics["bound"] = 2 * max(team.gather(largest))
+    return run.whole(0, "x", x, team), Prior(denoiser, scale, data.shape, plan.walk.tau_last, plan.network), metrics
 
 
-def start_from_mixture(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Array, Prior, dict[str, Any]]:
+def own_x(run: RunFolder, own: Data, team: Team) -> NewArray:
+    """Where this process puts its first samples, of its own data."""
+    return run.scratch(0, team.mark("x"), (len(own), *own.shape))
+
+
+def start_from_mixture(
+    data: Data, scale: Scale, plan: Plan, run: RunFolder, listener: Listener, team: Team
+) -> tuple[Array, Prior, dict[str, Any]]:  # fmt: skip
     """As `start_round`: a mixture fitted to the observations becomes the base of an untrained network; first samples are exact draws."""
     torch.manual_seed(stream_seed(plan.seed, "network"))
-    found = fit_mixture(data, stream(plan.seed, "mixture"), listener.phase("start: mixtures of Gaussians", STAGES))
+    found = team.lead(fit_mixture, data, stream(plan.seed, "mixture"), listener.phase("start: mixtures of Gaussians", STAGES))
     network = {**plan.network, "base": len(found.denoiser.weights)}
     denoiser = build_network(data.shape, **network)
     denoiser.base = found.denoiser
     denoiser.to(plan.device)
-    draw, bar = stream(plan.seed, "first samples", device=plan.device), listener.phase("start: first samples", len(data))
-    draws = e_step(denoiser, data, None, plan.walk, draw, progress=bar, store=lambda name, shape: run.scratch(0, name, shape))
-    x = draws.sample.commit()
+    own = those_of(data, team.rows(len(data)))
+    draw, bar = stream(team.seed(plan.seed), "first samples", device=plan.device), listener.phase("start: first samples", len(own))
+    draws = e_step(denoiser, own, None, plan.walk, draw, progress=bar, store=lambda name, shape: run.scratch(0, team.mark(name), shape))
+    x = run.whole(0, "sample", draws.sample, team)
     held_out = {str(j): value for j, value in found.held_out.items()}
     metrics = {"start": "mixture", "components": found.components, "members": found.members, "components_held_out": held_out}
     metrics["bound"] = 2 * max(float(x[part].abs().max()) for part in row_spans(x))
     return x, Prior(denoiser, scale, data.shape, plan.walk.tau_last, network), metrics
 
 
-def start_from_prior(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listener) -> tuple[Array, Prior, dict[str, Any]]:
+def start_from_prior(
+    data: Data, scale: Scale, plan: Plan, run: RunFolder, listener: Listener, team: Team
+) -> tuple[Array, Prior, dict[str, Any]]:  # fmt: skip
     """Samples x | obs (N, *S) under a prior trained elsewhere, that prior, and figures; data standardised with its scale."""
     prior = load_prior(Path(plan.init_prior), plan.device)
-    standard, draws = prior._replace(scale=Scale(0.0, 1.0)), stream(plan.seed, "first samples", device=plan.device)
-    x, largest = run.scratch(0, "x", (len(data), *data.shape)), 0.0
-    for span in spans(len(data), math.prod(data.shape), len(data), BLOCK):
+    standard, draws = prior._replace(scale=Scale(0.0, 1.0)), stream(team.seed(plan.seed), "first samples", device=plan.device)
+    own = those_of(data, team.rows(len(data)))
+    x, largest = own_x(run, own, team), 0.0
+    for span in spans(len(own), math.prod(data.shape), len(own), BLOCK):
         phase = lambda name, total, first=span.start: listener.phase(f"start: {name}" + (f" from {first}" if first else ""), total)
-        part = sample_posterior(standard, data.rows(span), plan.walk, 1, draws, phase).x[:, 0]
+        part = sample_posterior(standard, own.rows(span), plan.walk, 1, draws, phase).x[:, 0]
         x[span], largest = part, max(largest, float(part.abs().max()))
-    return x.commit(), prior._replace(scale=scale, tau_last=plan.walk.tau_last), {"start": "prior", "bound": 2 * largest}
+    metrics = {"start": "prior", "bound": 2 * max(team.gather(largest))}
+    return run.whole(0, "x", x, team), prior._replace(scale=scale, tau_last=plan.walk.tau_last), metrics
 
 
-def train_start(denoiser: MDAE, data: Data, plan: Plan, listener: Listener, checkpoint: Path) -> Trained:
+def train_start(denoiser: MDAE, data: Data, plan: Plan, listener: Listener, checkpoint: Path, team: Team = ALONE) -> Trained:
     """Train a denoiser on recorrupted observations, half a batch of them with both signs, a tenth held out, at most HELD_OUT."""
 
     def loss(denoiser: MDAE, index: Tensor, draws: torch.Generator) -> Tensor:
@@ -103,7 +120,8 @@ def train_start(denoiser: MDAE, data: Data, plan: Plan, listener: Listener, chec
     bar = listener.phase("start: self-supervised training", plan.start_steps)
     seed = stream_seed(plan.seed, "self-supervised")
     pairs, rate = max(1, plan.batch // 2), Optimiser(rate=plan.rate)
-    return train(denoiser, loss, len(data), plan.start_steps, pairs, plan.rate, seed, held_out(len(data)), plan.device, bar, checkpoint, rate)
+    how = (plan.start_steps, pairs, plan.rate, seed, held_out(len(data)), plan.device, bar, checkpoint, rate)
+    return train(denoiser, loss, len(data), *how, team=team)
 
 
 def first_steps(plan: Plan) -> int:

@@ -36,6 +36,14 @@ DENSE = 128
 CHUNK = 512
 """Data per batch."""
 
+Total = Callable[[Tensor], Tensor]
+"""From a sum over some data to that over all."""
+
+
+def alone(value: Tensor) -> Tensor:
+    """The total where there are no other data."""
+    return value
+
 
 class Conditional(NamedTuple):
     """Exact draws from a Gaussian posterior.
@@ -126,7 +134,9 @@ def _noise_covariance(data: Observations) -> Tensor:
     return torch.stack([data.observer.cov(e.reshape(1, *data.obs.shape[1:]).expand(data.obs.shape)).flatten(1) for e in eye], dim=-1)
 
 
-def em_iteration(prior: GaussianDenoiser, data: Data, rank: int, generator: torch.Generator | None = None) -> GaussianDenoiser:
+def em_iteration(
+    prior: GaussianDenoiser, data: Data, rank: int, generator: torch.Generator | None = None, total: Total = alone
+) -> GaussianDenoiser:  # fmt: skip
     """One EM iteration of a Gaussian prior on observations; exact where d <= DENSE, with one sample per datum above.
 
     Args:
@@ -134,6 +144,7 @@ def em_iteration(prior: GaussianDenoiser, data: Data, rank: int, generator: torc
         data: Observations.
         rank: Columns of the low-rank factor above DENSE entries.
         generator: Source of randomness.
+        total: As in `fit_gaussian`.
 
     Returns:
         N(mean, S) of iteration k + 1.
@@ -146,7 +157,7 @@ def em_iteration(prior: GaussianDenoiser, data: Data, rank: int, generator: torc
             moments.add(*_dense_posteriors(prior, batch))
         else:
             moments.add(condition(prior, batch.observer, batch.obs, generator).x.flatten(1))
-    mean, cov = moments.mean_and_covariance(prior.mean)
+    mean, cov = moments.mean_and_covariance(prior.mean, total)
     return from_moments(mean.reshape(prior.mean.shape), cov, rank, sweeps=2)
 
 
@@ -161,10 +172,11 @@ class Moments:
         x = x.double()
         self.count, self.sum, self.squares = self.count + len(x), self.sum + x.sum(0).cpu(), self.squares + (x.T @ x + spread).cpu()
 
-    def mean_and_covariance(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(d,) and (d, d), on the device and in the precision of `like`."""
-        mean = self.sum / self.count
-        return mean.to(like), (self.squares / self.count - torch.outer(mean, mean)).to(like)
+    def mean_and_covariance(self, like: Tensor, total: Total = alone) -> tuple[Tensor, Tensor]:
+        """(d,) and (d, d), on the device and in the precision of `like`; `total` as in `fit_gaussian`."""
+        count, squares = float(total(torch.tensor(float(self.count), dtype=torch.float64))), total(self.squares)
+        mean = total(self.sum) / count
+        return mean.to(like), (squares / count - torch.outer(mean, mean)).to(like)
 
 
 def fit_gaussian(
@@ -173,6 +185,7 @@ def fit_gaussian(
     rank: int = 64,
     generator: torch.Generator | None = None,
     progress: Callable[[int], None] = lambda k: None,
+    total: Total = alone,
 ) -> GaussianDenoiser:
     """Fit N(mean, S) to observations of standardised data.
 
@@ -182,30 +195,34 @@ def fit_gaussian(
         rank: Columns of the low-rank factor above DENSE entries.
         generator: Source of randomness.
         progress: Called with the number of each finished iteration.
+        total: From a sum over these data to that over the data of all who fit the same Gaussian to theirs.
 
     Returns:
         The prior, a denoiser in closed form.
     """
-    closed = identity_moments(data)
+    closed = identity_moments(data, total)
     if closed is not None:
         return from_moments(*closed, rank)
     like = data.rows(slice(0, 1)).obs.new_zeros(data.shape)
     prior = GaussianDenoiser(like, like.new_zeros(like.numel(), 1), torch.ones_like(like.flatten()))
     for k in range(iterations):
-        prior = em_iteration(prior, data, rank, generator)
+        prior = em_iteration(prior, data, rank, generator, total)
         progress(k + 1)
     return prior
 
 
-def identity_moments(data: Data) -> tuple[Tensor, Tensor] | None:
+def identity_moments(data: Data, total: Total = alone) -> tuple[Tensor, Tensor] | None:
     """Mean (*S,) and covariance (d, d) of x in closed form where every entry of every x is observed with the same noise, else None."""
-    moments = Moments(math.prod(data.shape))
+    moments, differ = Moments(math.prod(data.shape)), torch.zeros((), dtype=torch.float64)
     for i in range(0, len(data), CHUNK):
         part = data.rows(slice(i, i + CHUNK))
         direct, std = part.observer.as_measurement(part.obs), part.observer.std()
         if direct is None or std.numel() != 1 or part.observer.diagonal() is None or not bool(direct[1].isfinite().all()):
-            return None
+            differ += 1
+            break
         moments.add(direct[0].flatten(1))
-    mean, cov = moments.mean_and_covariance(part.obs)
+    if total(differ) > 0:
+        return None
+    mean, cov = moments.mean_and_covariance(part.obs, total)
     noise = std.flatten()[0] ** 2
     return mean.reshape(data.shape), cov - noise * torch.eye(len(cov), dtype=cov.dtype, device=cov.device)

@@ -33,9 +33,9 @@ class Stopped(BaseException):
         self.status = 128 + number
 
 
-def asked() -> bool:
-    """Whether a signal asked the program to end."""
-    return bool(_signals)
+def asked() -> int:
+    """The signal that asked the program to end; 0 where none did."""
+    return _signals[0] if _signals else 0
 
 
 def check() -> None:

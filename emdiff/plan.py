@@ -186,6 +186,18 @@ def check_ranges(walk: Config, train: Config, relax: int | None) -> None:
             raise UsageError(f"{flag} is {value:g}; give a value from {low:g} to {high:g}")
 
 
+def check_shares(plan: Plan, count: int, processes: int) -> None:
+    """Refuse work of which some process would have nothing.
+
+    Raises:
+        UsageError: naming what is too little.
+    """
+    shared = {"the number of observations": count, "--train.batch": plan.batch, "--train.refresh": plan.refresh or count}
+    for name, value in shared.items():
+        if value < processes:
+            raise UsageError(f"{name} is {value}, which {processes} processes cannot share; start at most {value}")
+
+
 def resolved_config(config: Config, plan: Plan) -> Config:
     """The configuration with nothing left open, in the form that `emdiff fit --config` reads."""
     walk = {k: v for k, v in plan.walk._asdict().items() if k != "guidance"}

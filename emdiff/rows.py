@@ -189,14 +189,14 @@ def of_dataset(dataset: Any) -> Rows:
     return Rows(dataset.shape, read, dataset.dtype)
 
 
-def of_npy(path: Path) -> Rows:
-    """Rows of an .npy file, in memory where it is small.
+def of_npy(path: Path, size: int | None = None) -> Rows:
+    """Rows of an .npy file, in memory where it is small; where it is a part of something of more bytes, where that is (`size`).
 
     Raises:
         OSError, ValueError: It cannot be read, or is shorter than it says; nothing is unpickled.
     """
     stored = np.load(path, mmap_mode="r", allow_pickle=False)
-    if not stored.ndim or small(stored.nbytes):
+    if not stored.ndim or small(stored.nbytes if size is None else size):
         return in_memory(stored)
     return at_offset(path, stored.shape, stored.dtype, stored.offset, "C" if stored.flags.c_contiguous else "F")
 

@@ -24,14 +24,12 @@ from typing import Any
 import torch
 import yaml
 
-from emdiff.archive import open_archive
 from emdiff.changes import FREE, Config, differences, refuse, versions
 from emdiff.errors import UsageError
 from emdiff.files import remove_leftovers, sha256, write_json, write_text
+from emdiff.folder import RunFolder
 from emdiff.lock import Lock
 from emdiff.reading import number, read_json, read_text
-from emdiff.rows import Rows
-from emdiff.stored import open_rows
 from emdiff.verdict import best_iteration
 from emdiff.written import NewArray
 
@@ -42,7 +40,7 @@ STATES = ("walk", "training")
 """States within a round, from which it goes on."""
 
 
-class Run:
+class Run(RunFolder):
     """One run folder, locked until `close`; a context manager.
 
     Args:
@@ -54,6 +52,7 @@ class Run:
         given: The configuration before it was resolved, and
         defaults: what it is where the user says nothing: a setting that an older run does not know had its default there.
         say: Told of what is odd and not wrong.
+        processes: That work on it together, of which this is the first.
 
     Raises:
         UsageError: if the folder holds something else, another process's run, or a run with another configuration, other observations or files
@@ -62,12 +61,12 @@ class Run:
 
     def __init__(
         self, path: Path, config: Config, observations: Path | str, needed: int = 0, given: Config | None = None, defaults: Config | None = None,
-        say: Callable[[str], None] = print, free: tuple[str, ...] = FREE,
+        say: Callable[[str], None] = print, free: tuple[str, ...] = FREE, processes: int = 1,
     ) -> None:  # fmt: skip
-        self.path = path
+        super().__init__(path)
         _check_space(path, needed)
         identity = observations if isinstance(observations, str) else sha256(observations)
-        about = {**versions(), "threads": torch.get_num_threads(), "observations_sha256": identity}
+        about = {**versions(), "threads": torch.get_num_threads(), "processes": processes, "observations_sha256": identity}
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path}: --out is a file; give a folder")
         continues = (path / "config.yaml").is_file()
@@ -96,9 +95,10 @@ class Run:
                 raise UsageError(f"{path}: is a symbolic link; a run folder holds its own files, put the file itself there")
         before = read_json(self.path / "about.json") if (self.path / "about.json").is_file() else {}
         about |= {k: before[k] for k in ("forked_from", "forked_after", "forked_changes") if k in before}
-        for name in ("python", "numpy", "git", "threads"):
+        for name in ("python", "numpy", "git", "threads", "processes"):
             if before.get(name, about[name]) != about[name]:
-                say(f"note: this run was at {name} {before[name]}, now {about[name]}: rounds may differ in rounding")
+                how = "draws" if name == "processes" else "rounding"
+                say(f"note: this run was at {name} {before[name]}, now {about[name]}: rounds may differ in {how}")
         if self.finished() >= 0:
             for name in ("prior.safetensors", "memory.safetensors", "samples.npy", "chains.npy"):
                 if (self.round_path(self.finished()) / name).is_file():
@@ -119,37 +119,6 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def round_path(self, k: int) -> Path:
-        """The folder of iteration k; 0 is the start."""
-        return self.path / (f"round_{k:03d}" if k else "start")
-
-    def finished(self) -> int:
-        """The last round that is complete, with all before it; 0 if only the start is, -1 if not even that."""
-        k = -1
-        while (self.round_path(k + 1) / "metrics.json").is_file():
-            k += 1
-        return k
-
-    def array(self, k: int, name: str) -> Rows | None:
-        """An array of round k, or None where it has none."""
-        file = self.round_path(k) / f"{name}.npy"
-        if not file.is_file():
-            return None
-        with open_archive(file, (".npy",)) as stored:
-            return open_rows(file, stored, "arr_0")
-
-    def metrics(self, k: int) -> dict[str, Any]:
-        """The figures of round k."""
-        return read_json(self.round_path(k) / "metrics.json")
-
-    def figure(self, k: int, name: str) -> float:
-        """One figure of round k, a finite number."""
-        return number(self.metrics(k), name, self.round_path(k) / "metrics.json")
-
-    def history(self) -> list[dict[str, Any]]:
-        """The figures of the start and of all finished rounds, in order."""
-        return [self.metrics(k) for k in range(self.finished() + 1)]
-
     def choose(self, k: int | None) -> None:
         """Take the prior of round k for later commands; None for the last."""
         if k is None:
@@ -161,36 +130,32 @@ class Run:
         """The folder of round k, empty but for the states that an attempt before this one left."""
         self.round_path(k).mkdir(parents=True, exist_ok=True)
         for path in self.round_path(k).iterdir():
-            if path not in [self.round_path(k) / "scratch", *(self.checkpoint(k, name) for name in STATES)]:
+            if path not in [self.round_path(k) / "scratch", *self._states(k)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         return self.round_path(k)
-
-    def checkpoint(self, k: int, name: str = "training") -> Path:
-        """Where the training of round k, or its walk, keeps its state until the round is complete."""
-        return self.round_path(k) / f"{name}.safetensors"
 
     def new_array(self, k: int, name: str, shape: tuple[int, ...]) -> NewArray:
         """An array (N, ...) of round k, to be filled; `commit` gives it its name."""
         return NewArray(self.round_path(k) / f"{name}.npy", shape)
 
-    def scratch(self, k: int, name: str, shape: tuple[int, ...]) -> NewArray:
-        """An array (N, ...) that is needed until round k is complete, with what an attempt before this one wrote to it."""
-        return NewArray(self.round_path(k) / "scratch" / f"{name}.npy", shape, lasting=True)
-
     def finish(self, k: int, metrics: dict[str, Any]) -> None:
         """Declare round k complete, and drop its scratch, its states and the chains of the round before it."""
         folder = self.round_path(k)
-        states = [self.checkpoint(k, name) for name in STATES]
+        states = self._states(k)
         files = [p for p in sorted(folder.glob("[a-z]*")) if p.suffix in (".npy", ".safetensors") and p not in states]
         write_text(folder / SUMS, "".join(f"{sha256(p)}  {p.name}\n" for p in files))
         write_json(folder / "metrics.json", metrics)
         self._write_table()
         self._drop(k)
 
+    def _states(self, k: int) -> list[Path]:
+        """States within round k, of all processes."""
+        return [path for name in STATES for path in self.round_path(k).glob(f"{name}*.safetensors")]
+
     def _drop(self, k: int) -> None:
         """Remove what a complete round k needs no more: states before the arrays that they speak of."""
-        for name in STATES:
-            self.checkpoint(k, name).unlink(missing_ok=True)
+        for path in self._states(k):
+            path.unlink(missing_ok=True)
         shutil.rmtree(self.round_path(k) / "scratch", ignore_errors=True)
         if k:
             (self.round_path(k - 1) / "chains.npy").unlink(missing_ok=True)

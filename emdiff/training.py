@@ -20,6 +20,7 @@ This is the one file that imports Lightning.
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import logging
 import math
@@ -30,6 +31,8 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -37,6 +40,7 @@ from emdiff import interrupt
 from emdiff.checkpoint import State, grouped, load_state, save_state
 from emdiff.errors import FitFailed
 from emdiff.memory import Memory, Optimiser
+from emdiff.processes import ALONE, Team
 from emdiff.streams import stream_seed
 
 Loss = Callable[[nn.Module, Tensor, torch.Generator], Tensor]
@@ -75,13 +79,14 @@ class Trained(NamedTuple):
 
 
 class Indices(IterableDataset):
-    """Batches of indices without end: each epoch visits every index once, in an order of its own; the first `skip` batches are left out."""
+    """Batches of indices without end: each epoch visits every index once, in an order of its own; the first `skip` batches are left out. Each
+    process of a team has the same batches, and gives its part of each."""
 
-    def __init__(self, index: Tensor, batch: int, generator: torch.Generator, skip: int = 0) -> None:
-        self.index, self.batch, self.generator, self.skip = index, min(batch, len(index)), generator, skip
+    def __init__(self, index: Tensor, batch: int, generator: torch.Generator, skip: int = 0, team: Team = ALONE) -> None:
+        self.index, self.batch, self.generator, self.skip, self.team = index, min(batch, len(index)), generator, skip, team
 
     def __iter__(self) -> Iterator[Tensor]:
-        return itertools.islice(self._batches(), self.skip, None)
+        return (batch[self.team.part(len(batch))] for batch in itertools.islice(self._batches(), self.skip, None))
 
     def _batches(self) -> Iterator[Tensor]:
         while True:
@@ -100,13 +105,17 @@ class Learner(pl.LightningModule):
         seed: Seeds the draws.
         memory: What an earlier part left.
         resumed: The state within this part that it goes on from.
+        team: The processes that train it together.
+        batch: Data per step, of all of them.
     """
 
     def __init__(
-        self, denoiser: nn.Module, loss: Loss, optimiser: Optimiser, steps: int, seed: int, memory: Memory | None = None, resumed: State | None = None
-    ) -> None:
+        self, denoiser: nn.Module, loss: Loss, optimiser: Optimiser, steps: int, seed: int, memory: Memory | None = None,
+        resumed: State | None = None, team: Team = ALONE, batch: int = 1,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.denoiser, self.average = denoiser.requires_grad_(True), copy.deepcopy(denoiser)
+        self.denoiser, self.average = denoiser.requires_grad_(True), copy.deepcopy(denoiser).requires_grad_(False)
+        self.team, self.batch = team, batch
         self.loss_function, self.steps, self.seed, self.resumed = loss, steps, seed, resumed
         self.first, self.retreats, self.risen, self.slots = 0, 0, 0, dict[str, Tensor]()
         self.losses: list[Tensor] = []
@@ -131,8 +140,9 @@ class Learner(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Seed the draws on the device that trains, and those of networks that draw themselves, such as MUVB its latent variables: by another
         seed, since latent variables that equal the noise of the measurements teach something else."""
-        self.draws = torch.Generator(self.device).manual_seed(self.seed)
-        torch.manual_seed(stream_seed(self.seed, "draws of the network"))
+        seed = self.team.seed(self.seed)
+        self.draws = torch.Generator(self.device).manual_seed(seed)
+        torch.manual_seed(stream_seed(seed, "draws of the network"))
         if self.resumed is not None:
             self.draws.set_state(self.resumed.tensors["draws"])
             torch.set_rng_state(self.resumed.tensors["global"])
@@ -141,9 +151,11 @@ class Learner(pl.LightningModule):
         self.losses = [loss.to(self.device) for loss in self.losses]
 
     def training_step(self, index: Tensor, step: int) -> Tensor:
-        """The loss of a batch of indices (B,), shape ()."""
+        """The loss of a batch of indices (B,), shape (): times B over its mean among processes, so that the mean of gradients is that of the data."""
         loss = self.loss_function(self.denoiser, index, self.draws)
-        self.losses.append(loss.detach())
+        if not self.team.alone:
+            loss = loss * (len(index) * self.team.size / self.batch)
+        self.losses.append(self.team.mean(loss.detach()))
         return loss
 
     def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
@@ -190,9 +202,10 @@ class Learner(pl.LightningModule):
         """All that the steps to come depend on."""
         tensors = grouped(weights=self.denoiser.state_dict(), average=self.average.state_dict(), slots=self._moments())
         losses = torch.stack(self.losses).cpu() if self.losses else torch.zeros(0)
-        tensors |= {"losses": losses, "draws": self.draws.get_state(), "global": torch.get_rng_state()}
+        streams = {"draws": self.draws.get_state(), "global": torch.get_rng_state()}
         if self.device.type == "cuda":
-            tensors["global_cuda"] = torch.cuda.get_rng_state(self.device)
+            streams["global_cuda"] = torch.cuda.get_rng_state(self.device)
+        tensors |= {"losses": losses} | self.team.collected(streams)
         return State(of, {"risen": self.risen, "retreats": self.retreats}, tensors)
 
 
@@ -219,9 +232,11 @@ class HeldOut(pl.Callback):
             return
         same = torch.Generator(module.device).manual_seed(0)
         index = self.index.to(module.device)
+        if len(index) >= module.team.size:
+            index = index[module.team.part(len(index))]
         with torch.no_grad():
             parts = [module.loss_function(module.average, part, same) for _ in range(self.repeats) for part in index.split(512)]
-        loss = float(torch.stack(parts).mean())
+        loss = float(module.team.mean(torch.stack(parts).mean()))
         if loss < self.best:
             self.best, self.best_step, self.weights = loss, step, copy.deepcopy(module.average.state_dict())
         trainer.should_stop = step - self.best_step >= self.patience * self.every
@@ -233,10 +248,14 @@ class Reporter(pl.Callback):
     def __init__(self, progress: Callable[[int, float], None], every: int = 20) -> None:
         self.progress, self.every = progress, every
 
-    def on_train_batch_end(self, trainer, module: Learner, outputs, batch, batch_idx) -> None:
-        """Report every few steps: reading the loss waits for the device."""
-        if len(module.losses) % self.every == 0:
+    def on_train_batch_start(self, trainer, module: Learner, batch, batch_idx) -> None:
+        """Report every few steps, behind the watch, which saves before work ends: reading the loss waits for the device."""
+        if module.losses and len(module.losses) % self.every == 0:
             self.progress(len(module.losses), float(module.losses[-1]))
+
+    def on_train_end(self, trainer, module: Learner) -> None:
+        """Report the last step."""
+        self.progress(len(module.losses), float(module.losses[-1]))
 
 
 class Diverged(Exception):
@@ -264,9 +283,12 @@ class Watch(pl.Callback):
         done = len(module.losses)
         if done and done % WINDOW == 0:
             self.look(module)
-        if interrupt.asked() or (done and done % WINDOW == 0 and self.clock.due()):
+        due = bool(done) and done % WINDOW == 0 and self.clock.due()
+        wish = module.team.largest(interrupt.asked() or int(due))  # a signal that any process got; all save, and end, at one step
+        if wish:
             self.save(module)
-        interrupt.check()
+        if wish > 1:
+            raise interrupt.Stopped(wish)
 
     def look(self, module: Learner) -> None:
         """Compare the last window with those before it.
@@ -288,10 +310,12 @@ class Watch(pl.Callback):
         self.good = (done, copy.deepcopy(module.average.state_dict()))
 
     def save(self, module: Learner) -> None:
-        """Write the state, if there is a file for it."""
+        """Write the state, if there is a file for it; in a team, all have to be here."""
         if self.path is None:
             return
         state = module.state(self.of)
+        if not module.team.first:
+            return
         numbers, tensors = self.held_out.remembered() if self.held_out else ({}, {})
         numbers |= {"level": self.level, "first": self.first, "good": self.good[0]}
         save_state(self.path, State(self.of, state.numbers | numbers, state.tensors | tensors | grouped(good=self.good[1])))
@@ -317,6 +341,7 @@ def train(
     memory: Memory | None = None,
     total: int | None = None,
     say: Callable[[str], None] = print,
+    team: Team = ALONE,
 ) -> Trained:
     """Train a copy of a denoiser.
 
@@ -336,18 +361,22 @@ def train(
         memory: What an earlier part of this training left; None at its beginning.
         total: Steps of all parts; `steps` if None.
         say: Told in one line of each divergence.
+        team: The processes that train it together, all with the same arguments: each takes its part of every batch, with draws of its own, and
+            gradients are averaged.
 
     Returns:
-        Trained; its denoiser is the moving average, on `device`, in eval mode.
+        Trained; its denoiser is the moving average, on `device`, in eval mode; the same in all processes.
 
     Raises:
-        FitFailed: if the loss diverges once more after TRIES lower rates.
+        FitFailed: if the loss diverges once more after TRIES lower rates, or if processes end with different weights.
     """
     optimiser = optimiser or Optimiser(rate=rate, anneal=not held_out)
     of = f"{count} {steps} {batch} {tuple(optimiser)} {seed} {held_out} {total or steps} {memory.step if memory else 0}"
-    state = load_state(checkpoint, of)
+    of = team.mark(of, 0)
+    state = team.lead(load_state, checkpoint, of)
     while True:
-        learner = Learner(copy.deepcopy(denoiser), loss, optimiser, total or steps, seed, memory, state)
+        state = state and state._replace(tensors=team.own(state.tensors))
+        learner = Learner(copy.deepcopy(denoiser), loss, optimiser, total or steps, seed, memory, state, team, min(batch, count - held_out))
         end = HeldOut(torch.arange(count - held_out, count), every=max(100, (total or steps) // 16), patience=4) if held_out else None
         watch = Watch(learner, end, checkpoint, of)
         for part in (watch, end) if state else ():
@@ -366,10 +395,12 @@ def _trained(
     left = steps - len(learner.losses)
     if left and not (end and len(learner.losses) - end.best_step >= end.patience * end.every):
         order = torch.Generator().manual_seed(learner.seed ^ 1)
-        loader = DataLoader(Indices(torch.arange(count), batch, order, len(learner.losses)), batch_size=None, generator=torch.Generator())
-        _trainer(left, device, callbacks, learner.optimiser.clip).fit(learner, loader)
+        batches = Indices(torch.arange(count), batch, order, len(learner.losses), learner.team)
+        loader = DataLoader(batches, batch_size=None, generator=torch.Generator())
+        _trainer(left, device, callbacks, learner.optimiser.clip, learner.team).fit(learner, loader)
         watch.look(learner)
         watch.save(learner)
+    _check_equal(learner)
     losses, memory = torch.stack(learner.losses), learner.remember()
     if end and end.weights is not None:
         learner.average.load_state_dict(end.weights)
@@ -386,7 +417,7 @@ def _retreated(learner: Learner, watch: Watch, error: Diverged, of: str, say: Ca
         raise FitFailed(f"{error} at step {learner.done()}, rate {rate:g}, and did so {TRIES} times before at higher rates; lower --train.rate")
     begun = learner.first + step
     say(f"note: {error} at step {learner.done()}; back to the average of step {begun}, rate {rate:g} -> {rate / RETREAT:g}")
-    seed = learner.seed + learner.retreats + 1
+    seed = learner.team.seed(learner.seed + learner.retreats + 1)
     numbers, best = watch.held_out.remembered() if watch.held_out else ({}, {})
     tensors = grouped(weights=average, average=average, good=average) | best | {"losses": torch.stack(learner.losses).cpu()[:step]}
     fresh = lambda device: torch.Generator(device).manual_seed(seed).get_state()
@@ -396,18 +427,63 @@ def _retreated(learner: Learner, watch: Watch, error: Diverged, of: str, say: Ca
     return State(of, {"risen": begun, "level": watch.level, "first": watch.first, "retreats": learner.retreats + 1, "good": step} | numbers, tensors)
 
 
-def _trainer(steps: int, device: str, callbacks: list[pl.Callback], clip: float) -> pl.Trainer:
-    """A silent trainer: emdiff reports progress and writes its own files."""
+def _check_equal(learner: Learner) -> None:
+    """Refuse weights that differ between processes."""
+    if learner.team.alone:
+        return
+    digest = hashlib.sha256()
+    for value in [*learner.denoiser.state_dict().values(), *learner.average.state_dict().values()]:
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    if len(set(learner.team.gather(digest.hexdigest()))) > 1:
+        raise FitFailed("the processes ended a training with different weights: use machines of one kind, with the same versions of all programs")
+
+
+class Members(LightningEnvironment):
+    """A team in Lightning's terms; it has met before Lightning is asked."""
+
+    creates_processes_externally = True
+
+    def __init__(self, team: Team) -> None:
+        super().__init__()
+        self.team = team
+
+    def world_size(self) -> int:
+        """Processes."""
+        return self.team.size
+
+    def global_rank(self) -> int:
+        """This one."""
+        return self.team.rank
+
+    def local_rank(self) -> int:
+        """This one among those of its machine."""
+        return self.team.local
+
+    def node_rank(self) -> int:
+        """Its machine."""
+        return self.team.rank // self.team.local_size
+
+    def teardown(self) -> None:
+        """The team stays together."""
+
+
+def _trainer(steps: int, device: str, callbacks: list[pl.Callback], clip: float, team: Team) -> pl.Trainer:
+    """A silent trainer: emdiff reports progress and writes its own files. In a team, gradients are averaged by DDP."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
+    together: dict[str, Any] = {"devices": 1}
+    if not team.alone:
+        # static_graph, since an energy has a constant that no score depends on
+        strategy = DDPStrategy(cluster_environment=Members(team), static_graph=True, broadcast_buffers=False)
+        together = {"devices": team.local_size, "num_nodes": team.size // team.local_size, "strategy": strategy, "use_distributed_sampler": False}
     return pl.Trainer(
         max_steps=steps,
         accelerator="gpu" if device == "cuda" else "cpu",
-        devices=1,
         callbacks=callbacks,
         gradient_clip_val=clip,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **together,
     )

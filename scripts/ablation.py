@@ -27,13 +27,13 @@ from torch import Tensor
 from emdiff.denoise import Denoiser
 from emdiff.em import Draws, Walk, e_step, relaxed_walk
 from emdiff.firsts import level_maps
-from emdiff.fit import SPREAD
 from emdiff.gaussian import condition, fit_gaussian
 from emdiff.mdae import MDAE
 from emdiff.metrics import residual_chi2
 from emdiff.observations import Observations
 from emdiff.pairs import PairLoss, drawn, over_relaxed
 from emdiff.prior import build_network, choose_network, set_precision
+from emdiff.rounds import SPREAD
 from emdiff.scale import Scale, estimate_scale
 from emdiff.start import first_samples, hidden_variance, recorrupt, self_supervised_loss
 from emdiff.streams import stream, stream_seed

@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from exact import covariance, observer
+from safetensors import safe_open
 from test_cli import SMALL, folder_state, here, vectors  # noqa: F401
 from test_cli import refused as refused_alone
 from test_training import Line, slope_loss
@@ -36,6 +37,7 @@ from emdiff.observations import Observations
 from emdiff.runs import latest_prior
 from emdiff.training import RETREAT, TRIES, WINDOW, train
 from emdiff.written import NewArray
+from observers import Identity
 
 FIT = ["fit", "--observations", "obs.npz", *SMALL]
 
@@ -129,8 +131,7 @@ def test_a_stopped_training_goes_on_to_the_same_bits(often, tmp_path: Path, monk
         for _ in range(100):
             calls = iter(range(10**6))
             with monkeypatch.context() as patch:
-                patch.setattr(interrupt, "asked", lambda calls=calls: next(calls) > 37)
-                patch.setattr(interrupt, "check", lambda calls=calls: next(calls) > 37 and stop())
+                patch.setattr(interrupt, "asked", lambda calls=calls: signal.SIGTERM if next(calls) > 37 else 0)
                 try:
                     again = train(Line(), slope_loss, **how, checkpoint=path)
                     break
@@ -161,8 +162,8 @@ def test_a_stopped_e_step_goes_on_to_the_same_bits(often, observed: str, tmp_pat
     while lives < 20:
         lives, calls = lives + 1, iter(range(100))
         with monkeypatch.context() as patch:
-            patch.setattr("emdiff.em.asked", lambda: True)
-            patch.setattr("emdiff.em.check", lambda calls=calls: next(calls) > 0 and stop())
+            patch.setattr("emdiff.unfinished.asked", lambda: True)
+            patch.setattr("emdiff.unfinished.check", lambda calls=calls: next(calls) > 0 and stop())
             try:
                 again = run(path)
                 break
@@ -170,6 +171,25 @@ def test_a_stopped_e_step_goes_on_to_the_same_bits(often, observed: str, tmp_pat
                 continue
     assert lives == 6 and all(a == b if not isinstance(a, torch.Tensor) else torch.equal(a, b) for a, b in zip(again, whole))
     assert all(torch.equal(a, b) for a, b in zip(run(path)[:2], whole[:2])), "a finished one is not walked again"
+
+
+def test_a_signal_within_a_batch_loses_nothing_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bars end the work at their next update, as soon as a signal came: by then the batch that it came in is saved."""
+    data, sent = Observations(torch.zeros(40, 2), Identity((2,), torch.tensor(0.5))), []
+    monkeypatch.setattr("emdiff.unfinished.asked", lambda: bool(sent))
+    monkeypatch.setattr("emdiff.unfinished.check", lambda: sent and stop())
+
+    def progress(done: int) -> None:
+        if sent:
+            stop()
+        if done == 20:
+            sent.append(signal.SIGTERM)
+
+    store, path = lambda name, shape: NewArray(tmp_path / f"{name}.npy", shape, lasting=True), tmp_path / "walk.safetensors"  # noqa: E731
+    prior, draw = GaussianDenoiser.from_covariance(torch.zeros(2), torch.eye(2)), torch.Generator().manual_seed(0)
+    with pytest.raises(Stopped):
+        e_step(prior, data, None, Walk(levels=2, batch=10), draw, progress=progress, store=store, checkpoint=path)
+    assert int(safe_open(path, "pt").get_tensor("kept").shape[0]) == 30
 
 
 def test_a_state_of_another_training_is_not_taken_up(tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ from safetensors.torch import save_file
 
 from emdiff.em import Draws, Walk
 from emdiff.errors import FitFailed, UsageError
-from emdiff.fit import over_relaxes
 from emdiff.metrics import residual_chi2
 from emdiff.observations import Observations
 from emdiff.outline import Plan
 from emdiff.pairs import PairLoss
 from emdiff.prior import Prior, build_network, choose_network, load_prior, sample_prior, save_prior
+from emdiff.rounds import over_relaxes
 from emdiff.scale import Scale
 from emdiff.start import Choice
 from emdiff.streams import stream, stream_seed

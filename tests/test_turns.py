@@ -51,7 +51,7 @@ def test_the_m_step_trains_on_the_pairs_of_all(monkeypatch):
             super().__init__(draws, *rest, **more)
             seen.append(draws)
 
-    monkeypatch.setattr("emdiff.fit.PairLoss", Recorded)
+    monkeypatch.setattr("emdiff.rounds.PairLoss", Recorded)
     vectors("obs.npz")
     main(["fit", "--observations", "obs.npz", "--iters", "3", "--out", "run", *TURNS])
     old = np.setdiff1d(np.arange(200), on_turn(3, 200, 60, 0).numpy())

@@ -1,0 +1,163 @@
+"""Rounds from the first on: an E-step, what becomes of its chains and pairs, an M-step.
+
+With several processes each walks its part of the observations and leaves it in the round's scratch/, from where all of them train.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from emdiff.compiled import for_sampling
+from emdiff.data import Data
+from emdiff.em import Draws, e_step, relaxed_walk
+from emdiff.firsts import first_steps, level_maps
+from emdiff.folder import RunFolder
+from emdiff.noise import updated_level
+from emdiff.outline import Listener, Plan
+from emdiff.pairs import PairLoss, drawn, over_relaxed
+from emdiff.pool import restart
+from emdiff.prior import Prior, load_prior
+from emdiff.processes import ALONE, Team
+from emdiff.rows import Array, chosen_rows, fill
+from emdiff.scale import Scale
+from emdiff.shrink import keep
+from emdiff.streams import stream, stream_seed
+from emdiff.training import Trained, train
+from emdiff.turns import in_place, on_turn, rows_of, those_of
+
+SPREAD = 1.005
+"""An iteration over-relaxes if the last samples' std exceeds the data's own, estimated from the observations, by this factor."""
+
+
+class Walked(NamedTuple):
+    """What the E-step of a round leaves.
+
+    Attributes:
+        draws: Of the observations whose turn it was, as they are trained on.
+        relaxed: Whether the round over-relaxes.
+        level: The noise level from these draws, in the user's units, where it is not known.
+    """
+
+    draws: Draws
+    relaxed: bool = False
+    level: float | None = None
+
+
+def em_round(
+    k: int, data: Data, scale: Scale, plan: Plan, run: RunFolder, listener: Listener, team: Team = ALONE
+) -> tuple[Array, Prior, dict[str, Any]]:  # fmt: skip
+    """One E-step and one M-step: samples x (N, *S), the new prior, figures; data standardised. Leaves the chains in the folder."""
+    prior, clock = load_prior(run.round_path(k - 1) / "prior.safetensors", plan.device), time.perf_counter()
+    rows = on_turn(k, len(data), plan.refresh, plan.seed)
+    if k == 1 and not based(prior):
+        x = run.array(0, "samples").map(scale.standardise)
+        walked = Walked(Draws(x, x, 0.0), level=None if plan.level is None else run.figure(0, "noise_std"))
+    else:
+        walked = walk_all(k, data, rows, prior, scale, plan, run, listener, team)
+    draws = walked.draws
+    x, pairs = merged(k, rows, draws, scale, plan, run, team)
+    seconds_e, clock = time.perf_counter() - clock, time.perf_counter()
+    trained = m_step(k, prior, pairs, data, plan, run, listener, team)
+    metrics = {
+        "over_relaxed": walked.relaxed,
+        "loss": trained.loss,
+        "retreats": trained.retreats,
+        "restarted": draws.restarted,
+        "kept": 0 if draws.kept is None else int(draws.kept.sum()),
+        "solver_residual": draws.residual,
+        "solver_iterations": draws.iterations,
+        **({"departure_kept": trained.denoiser.keep.tolist()} if based(prior) else {}),
+        "seconds_e": seconds_e,
+        "seconds_m": time.perf_counter() - clock,
+        **({} if plan.level is None else {"noise_std": walked.level}),
+    }
+    return x, prior._replace(denoiser=trained.denoiser), metrics
+
+
+def based(prior: Prior) -> bool:
+    """Whether a prior departs from a mixture."""
+    return getattr(prior.denoiser, "base", None) is not None
+
+
+def walk_all(
+    k: int, data: Data, rows: Tensor | None, prior: Prior, scale: Scale, plan: Plan, run: RunFolder, listener: Listener, team: Team
+) -> Walked:  # fmt: skip
+    """The E-step of the observations at `rows`, None for all; each process walks its part of them."""
+    some, mine, store = those_of(data, rows), team.rows(len(data), rows), lambda name, shape: run.scratch(k, team.mark(name), shape)
+    own, seed = those_of(data, mine), team.seed(plan.seed)
+    relax = k > 1 and over_relaxes(k, plan, run.figure(k - 1, "sample_std"), scale)
+    bar = listener.phase(f"round {k}: E-step", len(own))
+    walk = team.lead(relaxed_walk, some, plan.walk) if relax else plan.walk
+    chains = rows_of(run.array(k - 1, "chains"), mine) if k > 1 else None
+    if walk.pool and not (based(prior) and not prior.denoiser.departs()):
+        chains = restart(prior, own, chains, walk.pool, walk.tau_first, stream(seed, "pool", k, device=plan.device), store)
+    walker, draw = for_sampling(prior, plan.device, plan.compile).denoiser, stream(seed, "e-step", k, device=plan.device)
+    state = run.checkpoint(k, team.mark("walk"))
+    draws = e_step(walker, own, chains, walk, draw, run.figure(0, "bound"), bar, plan.walk.tau_last, store, state)
+    draws = of_all(k, draws, run, team)
+    level = None
+    if plan.level is not None:
+        complete = (draws.y, draws.tau) if draws.sample is None else (draws.sample, 0.0)
+        level = scale.std * team.lead(updated_level, some, *complete, stream(plan.seed, "noise", k))
+    return Walked(over_relaxed(draws) if relax else draws, relax, level)
+
+
+def of_all(k: int, draws: Draws, run: RunFolder, team: Team) -> Draws:
+    """The draws of all processes, from those of each."""
+    arrays = {name: run.whole(k, name, array, team) for name in ("y", "x", "sample") if (array := getattr(draws, name)) is not None}
+    restarted, kept, residual, iterations = zip(*team.gather((draws.restarted, draws.kept, draws.residual, draws.iterations)))
+    mean = lambda values: sum(values) / len(values)  # noqa: E731
+    return Draws(arrays["y"], arrays["x"], draws.tau, sum(restarted), torch.cat(kept), mean(residual), mean(iterations), arrays.get("sample"))
+
+
+def merged(
+    k: int, rows: Tensor | None, draws: Draws, scale: Scale, plan: Plan, run: RunFolder, team: Team
+) -> tuple[Array, Draws]:  # fmt: skip
+    """Samples x (N, *S) and the pairs to train on, from draws of the observations at `rows`, None for all, and the last ones of the others."""
+    extra, draw = math.sqrt(max(plan.walk.tau_last**2 - draws.tau**2, 0.0)), stream(plan.seed, "chains", k)
+    end = lambda y: y + extra * torch.randn(y.shape, generator=draw)  # noqa: E731
+    x = draws.x if draws.sample is None else draws.sample
+    if rows is None:
+        team.once(lambda: fill(run.new_array(k, "chains", draws.y.shape), draws.y, end).close())
+        return x, drawn(draws)
+
+    def write() -> None:
+        ends = fill(run.scratch(k, "ends", draws.y.shape), draws.y, end).commit()
+        chains = in_place(rows, ends, ~draws.kept, run.array(k - 1, "chains"))
+        fill(run.new_array(k, "chains", chains.shape), chains, lambda y: y).close()
+
+    team.once(write)
+    x = in_place(rows, x, ~draws.kept, run.array(k - 1, "samples").map(scale.standardise))
+    return x, Draws(run.array(k, "chains"), x, plan.walk.tau_last)
+
+
+def m_step(k: int, prior: Prior, pairs: Draws, data: Data, plan: Plan, run: RunFolder, listener: Listener, team: Team) -> Trained:
+    """The prior's denoiser retrained on pairs, with a base all but a tenth, which says how much of its departure is kept."""
+    departs = based(prior)
+    if departs:
+        pairs = shuffled(pairs, stream(plan.seed, "held out"))
+    loss = PairLoss(pairs, plan.walk.tau_last, level_maps(data) if plan.maps else None, even=departs)
+    steps = first_steps(plan) if k == 1 else plan.steps
+    count = len(pairs.x) - (max(1, len(pairs.x) // 10) if departs else 0)
+    how = (plan.batch, plan.rate, stream_seed(plan.seed, "m-step", k), 0, plan.device, listener.phase(f"round {k}: M-step", steps))
+    trained = train(prior.denoiser, loss, count, steps, *how, run.checkpoint(k), team=team)
+    if departs:
+        unseen, draw = torch.arange(count, len(pairs.x)), stream(plan.seed, "keep", k, device=plan.device)
+        trained.denoiser.keep = team.lead(lambda: keep(trained.denoiser, loss.inputs, unseen, draw).cpu()).to(plan.device)
+    return trained
+
+
+def shuffled(draws: Draws, generator: torch.Generator) -> Draws:
+    """The pairs in an order that is the same in every round, so that those held out never train."""
+    order = torch.randperm(len(draws.x), generator=generator)
+    return draws._replace(x=chosen_rows(draws.x, order), y=chosen_rows(draws.y, order), sample=None)
+
+
+def over_relaxes(k: int, plan: Plan, sample_std: float, scale: Scale) -> bool:
+    """Whether round k over-relaxes: the samples of the round before, of std sample_std, spread more than the data do."""
+    return k <= plan.relax and sample_std > SPREAD * scale.std
