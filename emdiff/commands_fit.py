@@ -163,5 +163,3 @@ def first_of(config: Config, defaults: Config, forked: str | None, data: Data, d
 def _stale(page: Path, source: Path) -> bool:
     """Whether a page is missing or older than what it shows: the process that wrote it was stopped."""
     return not page.is_file() or page.stat().st_mtime < source.stat().st_mtime
-
-
