@@ -12,7 +12,7 @@ from torch import Tensor
 from emdiff.components import STAGES, fit_mixture
 from emdiff.data import Data, measured
 from emdiff.em import e_step
-from emdiff.gaussian import condition, fit_gaussian
+from emdiff.gaussian import fit_gaussian, pathwise
 from emdiff.mdae import MDAE
 from emdiff.outline import Listener, Plan
 from emdiff.posterior import sample_posterior
@@ -54,7 +54,7 @@ def start_round(data: Data, scale: Scale, plan: Plan, run: Run, listener: Listen
         span = slice(i, min(i + plan.walk.batch, len(data)))
         batch = data.rows(span).to(plan.device)
         if plan.start.kind == "gaussian":
-            part = condition(gaussian, batch.observer, batch.obs, draw).x
+            part = pathwise(gaussian, batch.observer, batch.obs, draw)
         else:
             part = first_samples(denoiser, batch, draw)
         x[span], largest = part, max(largest, float(part.abs().max()))

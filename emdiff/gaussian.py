@@ -25,6 +25,7 @@ from torch import Tensor
 
 from emdiff.denoise import GaussianDenoiser
 from emdiff.linalg import Solve, cg
+from emdiff.smooth import correlation, correlation_length
 
 if TYPE_CHECKING:
     from emdiff.data import Data, Observations
@@ -50,13 +51,16 @@ class Conditional(NamedTuple):
 
 
 def solve_innovation(prior: GaussianDenoiser, observer: Observer, b: Tensor, iterations: int = 60, tolerance: float = 1e-5) -> Solve:
-    """(A S At + cov_obs)^-1 b by conjugate gradients, with image S At of the solution; b (B, *O)."""
+    """(A S At + cov_obs)^-1 b by conjugate gradients in units of the noise, with image S At of the solution; b (B, *O)."""
+    std = observer.std()
 
     def product(p: Tensor) -> tuple[Tensor, Tensor]:
-        image = prior.prior_product(observer.adjoint(p))
-        return observer.forward(image) + observer.cov(p), image
+        q = p / std
+        image = prior.prior_product(observer.adjoint(q))
+        return (observer.forward(image) + observer.cov(q)) / std, image
 
-    return cg(product, b, iterations, tolerance)
+    solve = cg(product, b / std, iterations, tolerance)
+    return solve._replace(x=solve.x / std)
 
 
 def condition(prior: GaussianDenoiser, observer: Observer, obs: Tensor, generator: torch.Generator | None = None) -> Conditional:
@@ -72,10 +76,14 @@ def condition(prior: GaussianDenoiser, observer: Observer, obs: Tensor, generato
         Conditional(x, xhat).
     """
     mean = prior.mean.expand(len(obs), *prior.mean.shape)
-    x0 = prior.sample(len(obs), generator)
     xhat = mean + solve_innovation(prior, observer, obs - observer.forward(mean)).image
-    x = x0 + solve_innovation(prior, observer, obs - observer.simulate(x0, generator)).image
-    return Conditional(x, xhat)
+    return Conditional(pathwise(prior, observer, obs, generator), xhat)
+
+
+def pathwise(prior: GaussianDenoiser, observer: Observer, obs: Tensor, generator: torch.Generator | None = None, tolerance: float = 1e-5) -> Tensor:
+    """The sample alone, (B, *S); solves end at a relative residual of `tolerance`, in units of the noise."""
+    x0 = prior.sample(len(obs), generator)
+    return x0 + solve_innovation(prior, observer, obs - observer.simulate(x0, generator), tolerance=tolerance).image
 
 
 def factor(cov: Tensor, rank: int, floor: float, sweeps: int = 8) -> tuple[Tensor, Tensor]:
@@ -145,7 +153,7 @@ def em_iteration(prior: GaussianDenoiser, data: Data, rank: int, generator: torc
         if dense:
             moments.add(*_dense_posteriors(prior, batch))
         else:
-            moments.add(condition(prior, batch.observer, batch.obs, generator).x.flatten(1))
+            moments.add(pathwise(prior, batch.observer, batch.obs, generator, 1e-3).flatten(1))
     mean, cov = moments.mean_and_covariance(prior.mean)
     return from_moments(mean.reshape(prior.mean.shape), cov, rank, sweeps=2)
 
@@ -189,12 +197,20 @@ def fit_gaussian(
     closed = identity_moments(data)
     if closed is not None:
         return from_moments(*closed, rank)
-    like = data.rows(slice(0, 1)).obs.new_zeros(data.shape)
-    prior = GaussianDenoiser(like, like.new_zeros(like.numel(), 1), torch.ones_like(like.flatten()))
+    prior = as_smooth(data, rank, generator)
     for k in range(iterations):
         prior = em_iteration(prior, data, rank, generator)
         progress(k + 1)
     return prior
+
+
+def as_smooth(data: Data, rank: int, generator: torch.Generator | None = None) -> GaussianDenoiser:
+    """N(0, C) of variance 1, C as smooth as the observations say (smooth): what stays of it is what no datum sees, and white directions there would
+    hold all the variance of the seen ones."""
+    length, d = correlation_length(data, generator), math.prod(data.shape)
+    W, psi = correlation(data.shape, length, rank if d > DENSE else d) if length else (torch.zeros(d, 1), torch.ones(d))
+    mean = data.rows(slice(0, 1)).obs.new_zeros(data.shape)
+    return GaussianDenoiser(mean, W.to(mean), psi.to(mean))
 
 
 def identity_moments(data: Data) -> tuple[Tensor, Tensor] | None:

@@ -31,12 +31,12 @@ class Case(NamedTuple):
     Attributes:
         data: "digits" or "galaxies".
         draw: (S, N, generator) -> the observer of N data.
-        maps: Whether the prior meets levels per entry.
+        fused: Whether an observation is one more measurement of x, so that guidance is exact.
     """
 
     data: str
     draw: Callable[[tuple[int, ...], int, torch.Generator], Observer]
-    maps: bool = False
+    fused: bool = False
 
 
 def three_instruments(shape: tuple[int, ...], count: int, generator: torch.Generator) -> Observer:
@@ -54,8 +54,8 @@ def _sizes(observer: Observer) -> list[int]:
 
 CASES = {
     "galaxies": Case("galaxies", lambda shape, count, generator: telescope(count, generator)),
-    "mask50": Case("digits", lambda *how: mask(keep=0.5).draw(*how[:2], 0.1, how[2]), maps=True),
-    "mask75": Case("digits", lambda *how: mask(keep=0.25).draw(*how[:2], 0.1, how[2]), maps=True),
+    "mask50": Case("digits", lambda *how: mask(keep=0.5).draw(*how[:2], 0.1, how[2]), fused=True),
+    "mask75": Case("digits", lambda *how: mask(keep=0.25).draw(*how[:2], 0.1, how[2]), fused=True),
     "blur": Case("digits", lambda *how: blur(sigma=2.0, size=9, boundary="reflect").draw(*how[:2], 0.02, how[2])),
     "downsample": Case("digits", lambda *how: downsample(factor=4).draw(*how[:2], 0.02, how[2])),
     "fourier4": Case("digits", lambda *how: fourier(acceleration=4.0).draw(*how[:2], 0.05, how[2])),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +14,10 @@ from real_galaxies import distances, ellipticity, half_light
 from timed_command import command
 from torch import Tensor
 
-from emdiff.data import Data, Observations
+from emdiff.data import Observations
 from emdiff.em import Draws, Walk
 from emdiff.evaluate import likeness, with_truth
-from emdiff.firsts import level_maps
-from emdiff.gaussian import condition, fit_gaussian
+from emdiff.gaussian import fit_gaussian, pathwise
 from emdiff.metrics import FeatureDistance, residual_chi2, sliced_wasserstein
 from emdiff.pairs import PairLoss
 from emdiff.posterior import sample_posterior
@@ -42,16 +42,17 @@ def gaussian_column(data: Observations, n: int, L: int, P: int, seed: int) -> Co
     scale = estimate_scale(data, stream(seed, "scale"))
     standard, draw = scale.observations(data), stream(seed, "real gaussian")
     fitted, some = fit_gaussian(standard, generator=draw), standard.rows(slice(0, n))
-    x = torch.stack([condition(fitted, some.observer, some.obs, draw).x for _ in range(L)], dim=1)
+    x = torch.stack([pathwise(fitted, some.observer, some.obs, draw) for _ in range(L)], dim=1)
     return Column(scale.restore(x), scale.restore(fitted.sample(P, draw)))
 
 
-def clean_prior(file: Path, x: Tensor, observations: Data | None, steps: int, seed: int) -> Prior:
-    """A prior of the network that `emdiff fit` would choose, trained on clean data x (N, *S); with the levels that the observations have as
-    measurements in four of five inputs, where some are given. Kept in a file."""
+def clean_prior(file: Path, x: Tensor, masks: tuple[float, ...], steps: int, seed: int) -> Prior:
+    """A prior of the network that `emdiff fit` would choose, trained on clean data x (N, *S) and kept in a file; where shares of entries that masks keep
+    are given, with the levels of such observations (noise .1) in four of five inputs, so that it serves masks as well as other instruments."""
     if not file.is_file():
-        scale = Scale(float(x.mean()), float(x.std()))
-        maps = None if observations is None else level_maps(scale.view(observations))
+        scale, draw = Scale(float(x.mean()), float(x.std())), stream(seed, "real clean masks")
+        seen = [torch.rand(len(x), *SHAPE, generator=draw) < keep for keep in masks]
+        maps = torch.where(torch.cat(seen), 0.1 / scale.std, math.inf) if masks else None
         torch.manual_seed(stream_seed(seed, "real clean"))
         network, x = choose_network(SHAPE, maps is not None), scale.standardise(x)
         denoiser = set_precision(build_network(SHAPE, **network), "cpu")

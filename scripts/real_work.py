@@ -1,6 +1,6 @@
 """emdiff on the kinds of data that instruments give, beside three columns that need no EM. Prints one JSON line per case.
 
-    python scripts/real_work.py                              all cases, 2,000 data each, seed 0: about an hour on one thread
+    python scripts/real_work.py                              all cases, 1,000 data each, seed 0: about an hour on one thread
     python scripts/real_work.py --cases galaxies blur        some of them (real_cases.CASES)
     python scripts/real_work.py --cases mask75 --count 4000 --iters 10
     python scripts/real_work.py --quick                      all cases with 100 data and short trainings, about two minutes: figures mean nothing
@@ -52,14 +52,15 @@ def observed(a: argparse.Namespace, name: str) -> Path:
 def run(a: argparse.Namespace, name: str) -> dict[str, Any]:
     """Observe, fit, judge and picture one case; its figures."""
     case, file, out = CASES[name], observed(a, name), a.folder / f"{name}-{a.count}-{a.iters}-{a.seed}"
-    short = ["--train.steps", "20", "--train.start-steps", "30", "--walk.levels", "6"] if a.quick else []
-    cost = fitted(file, out, a.iters, a.seed, [*([] if case.maps else ["--walk.levels", str(a.levels)]), *short])
+    short = ["--train.steps", "20", "--walk.levels", "6"] if a.quick else []
+    flags = ["--train.start-steps", str(a.start_steps), *([] if case.fused else ["--walk.levels", str(a.levels)]), *short]
+    cost = fitted(file, out, a.iters, a.seed, flags)
     data, truth = read_observations(file), read_truth(file)
     _, fresh = clean_data(case.data, a.data, a.count, a.prior, a.seed)
     features = digit_features(a.data, a.folder, 2000 if a.quick else 60_000) if case.data == "digits" else None
     judge, walk = Figures(data, truth, fresh, features), run_walk(out, data, "cpu")
-    trained = a.folder / f"clean-{name if case.maps else case.data}-{a.count}-{a.steps}-{a.seed}.safetensors"
-    priors = {"clean": clean_prior(trained, truth, data if case.maps else None, a.steps, a.seed), "ours": load_prior(latest_prior(out))}
+    trained, digits = a.folder / f"clean-{case.data}-{a.count}-{a.steps}-{a.seed}.safetensors", case.data == "digits"
+    priors = {"clean": clean_prior(trained, truth, (0.5, 0.25) if digits else (), a.steps, a.seed), "ours": load_prior(latest_prior(out))}
     size = (a.judged, a.samples, a.prior, a.seed)
     columns = {"gaussian": gaussian_column(data, *size)} | {key: learned_column(p, walk, data, *size, key) for key, p in priors.items()}
     figures: dict[str, Any] = {"naive": judge.naive(a.judged), "floor": judge.floor(), **{key: judge.of(c) for key, c in columns.items()}}
@@ -101,18 +102,19 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data/mnist.npz"))
     parser.add_argument("--folder", type=Path, default=None, help="where runs are kept; runs/real_work, or runs/real_quick")
     parser.add_argument("--pictures", type=Path, default=None, help="--folder by default")
-    parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--iters", type=int, default=5)
-    parser.add_argument("--levels", type=int, default=24, help="of walks by moment matching")
-    parser.add_argument("--steps", type=int, default=2000, help="of the clean-trained prior")
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--iters", type=int, default=4)
+    parser.add_argument("--levels", type=int, default=20, help="of walks by moment matching")
+    parser.add_argument("--start-steps", type=int, default=600, help="of the first training")
+    parser.add_argument("--steps", type=int, default=1500, help="of the clean-trained prior")
     parser.add_argument("--judged", type=int, default=128)
-    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=6)
     parser.add_argument("--prior", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true")
     a = parser.parse_args()
     if a.quick:
-        a.count, a.iters, a.steps, a.judged, a.prior = 100, 2, 30, 16, 50
+        a.count, a.iters, a.steps, a.start_steps, a.judged, a.prior = 100, 2, 30, 30, 16, 50
     a.folder = a.folder or Path("runs/real_quick" if a.quick else "runs/real_work")
     a.pictures = a.pictures or a.folder
     for folder in (a.folder, a.pictures):

@@ -12,7 +12,7 @@ LAYERS = [
     {"files", "measurement", "linalg", "reading", "checks", "console"},
     {"rows", "checkpoint"},
     {"archive", "written", "data", "denoise", "langevin", "printing", "lock", "parameters", "memory"},
-    {"stored", "changes"},
+    {"stored", "changes", "smooth"},
     {"observations"},
     {"accumulate", "guidance", "gaussian", "deconvolution"},
     {"mixture"},
