@@ -54,7 +54,7 @@ def observe(
     if noise_std != 0 or not noise.without_readout:
         positive("--noise-std", noise_std)
     suffix("--out", out, (".npz", ".h5", ".hdf5", "/"))
-    from emdiff.commands import observe_command
+    from emdiff.commands_observe import observe_command
 
     observe_command(Path(data), observer, noise, noise_std, count, Path(out), seed)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from emdiff import interrupt
 from emdiff.changes import fork, versions
 from emdiff.compiled import for_sampling
 from emdiff.console import Bars
-from emdiff.data import Data, Observations
+from emdiff.data import Data
 from emdiff.errors import UsageError
 from emdiff.evaluate import Evaluation, Task, drifts, evaluate, ratios, write_evaluation
 from emdiff.features import feature_module
@@ -26,7 +26,7 @@ from emdiff.fit import run_fit
 from emdiff.identify import blind_spots
 from emdiff.metrics import residual_chi2, truth_figures
 from emdiff.noise import depends_on_signal, first_noise, with_counts, with_level
-from emdiff.observations import open_data, open_observations, open_truth, write_parts
+from emdiff.observations import open_data, open_observations, open_truth
 from emdiff.plan import Config, default_name, make_plan, print_plan, read_init_prior, resolve_device, resolved_config
 from emdiff.posterior import check_shape, run_walk, sample_posterior, settled
 from emdiff.prior import check_any_level, load_prior
@@ -39,11 +39,6 @@ from emdiff.streams import stream
 from emdiff.track import Tracker
 from emdiff.turns import rows_of
 from emdiff.written import NewArchive
-from observers import Observer
-from observers.noise import Noise, Poisson
-from observers.noise_recipes import NoiseRecipe
-from observers.noises import noise_of
-from observers.recipes import Recipe
 
 
 class Console(Bars):
@@ -95,60 +90,6 @@ def bars(span: slice | None = None, count: int = 0) -> Callable[[str, int], Call
         return update
 
     return phase
-
-
-def observe_command(data: Path, recipe: Recipe, noise: NoiseRecipe, noise_std: float, count: int | None, out: Path, seed: int) -> None:
-    """`emdiff observe`: in parts, each with operators and noise of its own from one stream; what all data share is that of the first part."""
-    x, generator = open_data(data, count), stream(seed, "observe")
-    shape, name = tuple(x.shape[1:]), ""
-
-    def parts() -> Iterator[tuple[Observations, Tensor]]:
-        nonlocal name
-        whole: Observer | None = None
-        shared: dict[str, Tensor] = {}
-        for span in spans(len(x), math.prod(shape), len(x), BLOCK // 4):
-            clean = x[span]
-            drawn = whole or recipe.draw(shape, len(clean), noise_std or 1.0, generator)
-            law = noise.draw(drawn.obs_shape, len(clean), noise_std, generator).tensors()
-            if not span.start:
-                whole, name = drawn if drawn.count is None else None, drawn.name
-                shared = {key: array for key, array in {**drawn.arrays(), **law}.items() if not array.ndim or len(array) != len(clean)}
-            elif whole is None:
-                kept = {key: shared.get(key, array) for key, array in drawn.arrays().items()}
-                drawn = type(drawn).assemble(shape, drawn.noise, {**kept, **drawn.options()})
-            drawn = with_law(drawn, noise_of({key: shared.get(key, array) for key, array in law.items()}))
-            check_counts(drawn, clean)
-            yield Observations(drawn.simulate(clean, generator), drawn), clean
-
-    write_parts(out, len(x), parts())
-    kind = type(noise).__name__
-    print(f"{len(x)} observations of shape {shape} through {name}, noise_std {noise_std:g}{'' if kind == 'level' else f', {kind}'} -> {out}")
-    print(f"next: emdiff fit --observations {out}")
-
-
-def with_law(observer: Observer, noise: Noise) -> Observer:
-    """An observer with a noise that was drawn for it.
-
-    Raises:
-        UsageError: if the noise needs every entry of obs, and the observer does not see all.
-    """
-    if noise.complete and not bool(observer.observed().all()):
-        raise UsageError(f"--noise stationary is for observers that see every entry of obs, and {observer.name} does not; use low_rank or another")
-    noise.check(observer.obs_shape)
-    return observer.with_noise(noise)
-
-
-def check_counts(observer: Observer, x: Tensor) -> None:
-    """Refuse counts of negative light.
-
-    Raises:
-        UsageError: naming the least A x.
-    """
-    if not isinstance(observer.noise, Poisson):
-        return
-    mean = observer.forward(x)
-    if float(mean.min()) < -1e-4 * float(mean.abs().max()):
-        raise UsageError(f"--noise counts needs A x of 0 or more, and {observer.name} makes {float(mean.min()):.4g} of these data; use other noise")
 
 
 def fit_command(config: Config, defaults: Config, forked: str | None = None) -> None:

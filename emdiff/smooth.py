@@ -9,8 +9,8 @@ l = 0 for white. With t = At (obs - A mean) / n, and c0, c1 the sums of t^2 and 
 
     (c1 - c1 of noise) / (c0 - c0 of noise) = E c1(At A xi_l) / E c0(At A xi_l),
 
-xi_l of that covariance. s^2 cancels; scale takes it from |A x|^2 with the same xi_l. In the Gaussian start that covariance is what directions keep that no
-datum sees: next to nothing at high frequencies, where a white one would leave the variance of all others (gaussian).
+xi_l of that covariance. s^2 cancels; scale takes it from |A x|^2 with the same xi_l. In the Gaussian start that covariance is what directions keep
+that no datum sees: next to nothing at high frequencies, where a white one would leave the variance of all others (gaussian).
 
 Where A is diagonal nothing is weighed by direction, and l is left at 0.
 
@@ -88,16 +88,16 @@ def correlation_length(data: Data, generator: torch.Generator | None = None) -> 
     mean = (one * some.obs).sum() / one.square().sum().clamp(min=torch.finfo(one.dtype).tiny)
     noise = A.noise.colour(torch.randn(some.obs.shape, generator=generator).to(some.obs), seen)
     found, of_noise = (_power(weight * A.adjoint(w), axes) for w in (some.obs - mean * one, torch.where(seen, noise, 0.0)))
-    c0, c1 = found[0] - of_noise[0], found[1] - of_noise[1]
-    if not c0 > 0.01 * of_noise[0]:
-        return 0.0
+    c0, c1 = found.sum(1) - of_noise.sum(1)
+    if not c0 > 4 * math.sqrt(len(some)) * (found[0].var() + of_noise[0].var()).sqrt():
+        return 0.0  # not told from noise
     eps, ratios = torch.randn(len(some), *data.shape, generator=generator).to(some.obs), []
     for length in LENGTHS:
-        s0, s1 = _power(weight * A.adjoint(A.forward(smoothed(eps, axes, length))), axes)
-        ratios.append(s1 / s0)
-        if ratios[-1] >= c1 / c0:
+        s0, s1 = _power(weight * A.adjoint(A.forward(smoothed(eps, axes, length))), axes).sum(1)
+        ratios.append(float(s1 / s0))
+        if ratios[-1] >= float(c1 / c0):
             break
-    return _crossing(c1 / c0, ratios)
+    return _crossing(float(c1 / c0), ratios)
 
 
 def _crossing(wanted: float, ratios: list[float]) -> float:
@@ -115,8 +115,8 @@ def _exponential(n: int, length: float) -> Tensor:
     return torch.exp(-(i[:, None] - i).abs() / max(length, 1e-6))
 
 
-def _power(t: Tensor, axes: int) -> tuple[float, float]:
-    """Sums of t^2 and of products of neighbours, over a batch (B, *S)."""
+def _power(t: Tensor, axes: int) -> Tensor:
+    """Sums of t^2 and of products of neighbours of each datum of (B, *S), (2, B)."""
     t = t.double()
-    pairs = [(t.narrow(a, lag, t.shape[a] - lag) * t.narrow(a, 0, t.shape[a] - lag)).sum() for a in range(t.ndim - axes, t.ndim) for lag in LAGS]
-    return float(t.square().sum()), math.fsum(float(p) for p in pairs)
+    pairs = [t.narrow(a, lag, t.shape[a] - lag) * t.narrow(a, 0, t.shape[a] - lag) for a in range(t.ndim - axes, t.ndim) for lag in LAGS]
+    return torch.stack([t.square().flatten(1).sum(1), sum(pair.flatten(1).sum(1) for pair in pairs)])

@@ -47,8 +47,8 @@ def gaussian_column(data: Observations, n: int, L: int, P: int, seed: int) -> Co
 
 
 def clean_prior(file: Path, x: Tensor, masks: tuple[float, ...], steps: int, seed: int) -> Prior:
-    """A prior of the network that `emdiff fit` would choose, trained on clean data x (N, *S) and kept in a file; where shares of entries that masks keep
-    are given, with the levels of such observations (noise .1) in four of five inputs, so that it serves masks as well as other instruments."""
+    """A prior of the network that `emdiff fit` would choose, trained on clean data x (N, *S) and kept in a file; where shares of entries that masks
+    keep are given, with the levels of such observations (noise .1) in four of five inputs, so that it serves masks as well as other instruments."""
     if not file.is_file():
         scale, draw = Scale(float(x.mean()), float(x.std())), stream(seed, "real clean masks")
         seen = [torch.rand(len(x), *SHAPE, generator=draw) < keep for keep in masks]

@@ -46,7 +46,7 @@ LAYERS = [
     {"track", "evaluate", "strips", "train"},
     {"evidence"},
     {"report", "plan", "train_plan"},
-    {"commands", "check", "commands_prior"},
+    {"commands", "check", "commands_prior", "commands_observe"},
     {"cli_prior"},
     {"cli"},
 ]
