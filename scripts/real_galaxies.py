@@ -48,15 +48,18 @@ def galaxies(count: int, generator: torch.Generator) -> Tensor:
     e = (0.25 * torch.sqrt(-2 * torch.log1p(-draw(0.0, 1.0)))).clamp(max=0.7)
     q, angle, flux = torch.sqrt((1 - e) / (1 + e)), draw(0.0, math.pi), FLUX * log_normal(0.3)
     v0, u0 = draw(-0.5, 0.5), draw(-0.5, 0.5)
+    made = [sersic(R[k], n[k], q[k], angle[k], v0[k], u0[k]) for k in torch.arange(count).split(128)]
+    return torch.cat(made) * flux
+
+
+def sersic(R: Tensor, n: Tensor, q: Tensor, angle: Tensor, y0: Tensor, x0: Tensor) -> Tensor:
+    """Images (N, SIDE, SIDE) of sum 1: half-light radius, index, axis ratio, position angle and centre, each (N, 1, 1)."""
     b, (i, j) = 2 * n - 1 / 3 + 0.009876 / n, _grid(FINE)
-    made = []
-    for k in torch.arange(count).split(128):
-        y, x, c, s = i - v0[k], j - u0[k], angle[k].cos(), angle[k].sin()
-        r = torch.sqrt(q[k] * (c * x + s * y) ** 2 + (c * y - s * x) ** 2 / q[k])
-        fine = torch.exp(-b[k] * (r / R[k]) ** (1 / n[k]))
-        made.append(torch.nn.functional.avg_pool2d(fine[:, None], FINE)[:, 0])
-    images = torch.cat(made)
-    return images * flux / images.sum((1, 2), keepdim=True)
+    y, x, c, s = i - y0, j - x0, angle.cos(), angle.sin()
+    r = torch.sqrt(q * (c * x + s * y) ** 2 + (c * y - s * x) ** 2 / q)
+    fine = torch.exp(-b * (r / R) ** (1 / n))
+    images = torch.nn.functional.avg_pool2d(fine[:, None], FINE)[:, 0]
+    return images / images.sum((1, 2), keepdim=True)
 
 
 def telescope(count: int, generator: torch.Generator, size: int = 13) -> Blur:
