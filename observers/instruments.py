@@ -347,5 +347,5 @@ class mixed(Recipe):
         both = stack(self.first, self.second).draw(shape, count, noise_std, generator)
         by_first = (torch.rand(count, 1, generator=generator) < self.share).expand(-1, math.prod(both.parts[0].obs_shape))
         by_second = ~by_first[:, :1].expand(-1, both.obs_shape[0] - by_first.shape[1])
-        noise = torch.tensor(float(noise_std))
-        return Compose(shape, noise, (both, Mask(both.obs_shape, noise, torch.cat([by_first, by_second], dim=1))))
+        noise, chosen = torch.tensor(float(noise_std)), torch.cat([by_first, by_second], dim=1)
+        return Compose(shape, noise, (both, Mask(both.obs_shape, noise, chosen & both.observed())))

@@ -80,7 +80,7 @@ SHAPE = (SIDE, SIDE)
 
 def naive(observer: Observer, obs: Tensor) -> Tensor:
     """The observation as an image (B, *S): itself, or where O is not S its adjoint, scaled for each datum so that A of it fits best; that is the
-    pseudo-inverse where A At is a multiple of the identity, as for sampled Fourier transforms and averages of blocks."""
+    pseudo-inverse where A At is a multiple of the identity, as for averages of blocks."""
     if observer.obs_shape == observer.shape:
         return obs
     x = observer.adjoint(obs)

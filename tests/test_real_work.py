@@ -26,7 +26,7 @@ def test_half_of_the_light_of_a_sersic_profile_is_within_its_radius() -> None:
     """But for what is beyond the aperture, less than 2 % of the light of these, and the size of pixels."""
     R, n, zero = column(1.6, 2.0, 2.5, 2.5), column(1.0, 1.0, 1.0, 0.7), column(0.0, 0.3, -0.4, 0.2)
     x = sersic(R, n, torch.ones(4, 1, 1), column(0.0, 0.0, 0.0, 0.0), zero, -zero)
-    torch.testing.assert_close(half_light(x), R.flatten(), rtol=0.05, atol=0)
+    torch.testing.assert_close(half_light(x), R.flatten(), rtol=0, atol=0.1)
     torch.testing.assert_close(half_light(7 * x), half_light(x))
     assert ellipticity(x).max() < 0.02
 
@@ -50,12 +50,15 @@ def test_telescopes_keep_the_flux_and_make_galaxies_larger_and_rounder() -> None
     assert all(far[key] > 0.25 for key in far) and all(near[key] < 0.12 for key in near)
 
 
-@pytest.mark.parametrize("name", ["fourier4", "downsample"])
-def test_the_naive_image_is_the_pseudo_inverse_where_it_can_be(name: str) -> None:
-    x, A = galaxies(5, generator()), CASES[name].draw(SHAPE, 5, generator())
+def test_the_naive_image_is_the_pseudo_inverse_of_averages_and_else_the_best_multiple_of_the_adjoint() -> None:
+    x, A = galaxies(5, generator()), CASES["downsample"].draw(SHAPE, 5, generator())
     back = naive(A, A.forward(x))
     torch.testing.assert_close(A.forward(back), A.forward(x), atol=1e-4, rtol=0)
     assert (back.square().sum((1, 2)) <= x.square().sum((1, 2)) * 1.0001).all(), "the one of least norm"
+    A = CASES["fourier4"].draw(SHAPE, 5, generator())
+    obs, seen = A.forward(x), A.forward(naive(A, A.forward(x)))
+    inner = ((obs - seen) * seen).flatten(1).sum(1)
+    assert (inner.abs() < 1e-4 * obs.square().flatten(1).sum(1)).all() and ((obs - seen).square().sum() < obs.square().sum())
 
 
 def test_each_of_three_instruments_has_a_noise_of_its_own() -> None:
