@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 DENSE = 128
 """Most entries of x for which posterior covariances are formed in full."""
 
+SMOOTH = 1024
+"""Most entries of x of which what a low-rank factor leaves is kept as smooth as the observations say, and not white."""
+
 CHUNK = 512
 """Data per batch."""
 
@@ -86,31 +89,37 @@ def pathwise(prior: GaussianDenoiser, observer: Observer, obs: Tensor, generator
     return x0 + solve_innovation(prior, observer, obs - observer.simulate(x0, generator), tolerance=tolerance).image
 
 
-def factor(cov: Tensor, rank: int, floor: float, sweeps: int = 8) -> tuple[Tensor, Tensor]:
-    """Write a covariance (d, d) as W W^T + diag(psi), W (d, rank): principal factors, then the diagonal that is left.
+def factor(cov: Tensor, rank: int, floor: float, sweeps: int = 8, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Write a covariance (d, d) as W W^T + psi^(1/2) C psi^(1/2), W (d, rank), psi diagonal: principal factors, then the variance that is left.
 
     Args:
         cov: Symmetric; may have negative eigenvalues.
         rank: Columns of W.
         floor: Least psi.
         sweeps: Alternations between W and psi.
+        root: Of C, a correlation, (d, r); C = I where None.
 
     Returns:
         (W, psi), shapes (d, rank) and (d,).
     """
+    C = torch.eye(len(cov), dtype=cov.dtype, device=cov.device) if root is None else root @ root.T
     psi = torch.zeros_like(cov.diagonal())
     for _ in range(sweeps):
-        s, basis = torch.linalg.eigh(cov - torch.diag(psi))
+        s, basis = torch.linalg.eigh(cov - psi.sqrt()[:, None] * C * psi.sqrt())
         W = basis[:, -rank:] * s[-rank:].clamp(min=0).sqrt()
         psi = (cov.diagonal() - W.square().sum(1)).clamp(min=floor)
     return W, psi
 
 
-def from_moments(mean: Tensor, cov: Tensor, rank: int, sweeps: int = 8) -> GaussianDenoiser:
-    """N(mean, cov), in full for up to DENSE entries, else low rank plus diagonal; mean (*S,), cov (d, d), sweeps as in `factor`."""
+def from_moments(mean: Tensor, cov: Tensor, rank: int, sweeps: int = 8, root: Tensor | None = None) -> GaussianDenoiser:
+    """N(mean, cov), in full for up to DENSE entries, else low rank plus diagonal, or plus C with a variance per entry; mean (*S,), cov (d, d), the
+    others as in `factor`."""
     if cov.shape[0] <= DENSE:
         return GaussianDenoiser.from_covariance(mean, cov)
-    return GaussianDenoiser(mean, *factor(cov, rank, 1e-6 * float(cov.diagonal().mean().clamp(min=1e-12)), sweeps))
+    W, psi = factor(cov, rank, 1e-6 * float(cov.diagonal().mean().clamp(min=1e-12)), sweeps, root)
+    if root is None:
+        return GaussianDenoiser(mean, W, psi)
+    return GaussianDenoiser(mean, torch.cat([W, psi.sqrt()[:, None] * root], dim=1), torch.zeros_like(psi))
 
 
 def _dense_posteriors(prior: GaussianDenoiser, data: Observations) -> tuple[Tensor, Tensor]:
@@ -134,7 +143,9 @@ def _noise_covariance(data: Observations) -> Tensor:
     return torch.stack([data.observer.cov(e.reshape(1, *data.obs.shape[1:]).expand(data.obs.shape)).flatten(1) for e in eye], dim=-1)
 
 
-def em_iteration(prior: GaussianDenoiser, data: Data, rank: int, generator: torch.Generator | None = None) -> GaussianDenoiser:
+def em_iteration(
+    prior: GaussianDenoiser, data: Data, rank: int, generator: torch.Generator | None = None, root: Tensor | None = None
+) -> GaussianDenoiser:
     """One EM iteration of a Gaussian prior on observations; exact where d <= DENSE, with one sample per datum above.
 
     Args:
@@ -142,6 +153,7 @@ def em_iteration(prior: GaussianDenoiser, data: Data, rank: int, generator: torc
         data: Observations.
         rank: Columns of the low-rank factor above DENSE entries.
         generator: Source of randomness.
+        root: Of the correlation of what that factor leaves (`factor`).
 
     Returns:
         N(mean, S) of iteration k + 1.
@@ -155,7 +167,7 @@ def em_iteration(prior: GaussianDenoiser, data: Data, rank: int, generator: torc
         else:
             moments.add(pathwise(prior, batch.observer, batch.obs, generator, 1e-3).flatten(1))
     mean, cov = moments.mean_and_covariance(prior.mean)
-    return from_moments(mean.reshape(prior.mean.shape), cov, rank, sweeps=2)
+    return from_moments(mean.reshape(prior.mean.shape), cov, rank, sweeps=2, root=root)
 
 
 class Moments:
@@ -197,20 +209,23 @@ def fit_gaussian(
     closed = identity_moments(data)
     if closed is not None:
         return from_moments(*closed, rank)
-    prior = as_smooth(data, rank, generator)
+    prior, root = as_smooth(data, rank, generator)
     for k in range(iterations):
-        prior = em_iteration(prior, data, rank, generator)
+        prior = em_iteration(prior, data, rank, generator, root)
         progress(k + 1)
     return prior
 
 
-def as_smooth(data: Data, rank: int, generator: torch.Generator | None = None) -> GaussianDenoiser:
-    """N(0, C) of variance 1, C as smooth as the observations say (smooth): what stays of it is what no datum sees, and white directions there would
-    hold all the variance of the seen ones."""
+def as_smooth(data: Data, rank: int, generator: torch.Generator | None = None) -> tuple[GaussianDenoiser, Tensor | None]:
+    """N(0, C) of variance 1, C as smooth as the observations say (smooth), and a root (d, d) of C, None where x is white or has more than SMOOTH
+    entries. What stays of C is what no datum sees, and white directions there would hold as much variance as the seen ones."""
     length, d = correlation_length(data, generator), math.prod(data.shape)
-    W, psi = correlation(data.shape, length, rank if d > DENSE else d) if length else (torch.zeros(d, 1), torch.ones(d))
     mean = data.rows(slice(0, 1)).obs.new_zeros(data.shape)
-    return GaussianDenoiser(mean, W.to(mean), psi.to(mean))
+    if not length:
+        return GaussianDenoiser(mean, mean.new_zeros(d, 1), mean.new_ones(d)), None
+    W, psi = correlation(data.shape, length, d if d <= SMOOTH else rank)
+    prior = GaussianDenoiser(mean, W.to(mean), psi.to(mean))
+    return prior, prior.factor if d <= SMOOTH else None
 
 
 def identity_moments(data: Data) -> tuple[Tensor, Tensor] | None:

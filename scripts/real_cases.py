@@ -64,14 +64,21 @@ CASES = {
 }
 
 
-def clean_data(kind: str, path: Path, count: int, fresh: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Clean data behind the observations (count, *S), and others of the same law (fresh, *S), which only figures see."""
-    if kind == "galaxies":
-        return galaxies(count, stream(seed, "galaxies")), galaxies(fresh, stream(seed, "fresh galaxies"))
+def observed_data(kind: str, path: Path, count: int, draw: torch.Generator) -> Tensor:
+    """Clean data behind the observations (count, *S)."""
+    return galaxies(count, draw) if kind == "galaxies" else _digits(path, 0, count)
+
+
+def fresh_data(kind: str, path: Path, count: int, fresh: int, seed: int) -> Tensor:
+    """Clean data of the same law (fresh, *S), which only figures see: other galaxies, or the digits after the first `count`."""
+    return galaxies(fresh, stream(seed, "fresh galaxies")) if kind == "galaxies" else _digits(path, count, fresh)
+
+
+def _digits(path: Path, first: int, count: int) -> Tensor:
+    """Training digits of MNIST in [0, 1] without their margins, (count, *S)."""
     with np.load(path) as file:
-        x = torch.from_numpy(file["train_images"][: count + fresh]).float() / 255
-    x = x[:, MARGIN:-MARGIN, MARGIN:-MARGIN]
-    return x[:count], x[count:]
+        x = torch.from_numpy(file["train_images"][first : first + count]).float() / 255
+    return x[:, MARGIN:-MARGIN, MARGIN:-MARGIN]
 
 
 SHAPE = (SIDE, SIDE)

@@ -38,10 +38,10 @@ class Column(NamedTuple):
 
 
 def gaussian_column(data: Observations, n: int, L: int, P: int, seed: int) -> Column:
-    """N(mean, S) fitted to all observations by EM, and exact samples."""
+    """N(mean, S) fitted to all observations by ten iterations of EM, and exact samples."""
     scale = estimate_scale(data, stream(seed, "scale"))
     standard, draw = scale.observations(data), stream(seed, "real gaussian")
-    fitted, some = fit_gaussian(standard, generator=draw), standard.rows(slice(0, n))
+    fitted, some = fit_gaussian(standard, 10, generator=draw), standard.rows(slice(0, n))
     x = torch.stack([pathwise(fitted, some.observer, some.obs, draw) for _ in range(L)], dim=1)
     return Column(scale.restore(x), scale.restore(fitted.sample(P, draw)))
 

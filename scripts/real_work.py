@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from real_cases import CASES, SHAPE, clean_data, naive
+from real_cases import CASES, SHAPE, fresh_data, naive, observed_data
 from real_columns import Figures, clean_prior, digit_features, fitted, gaussian_column, learned_column, measured
 from real_galaxies import distances
 
@@ -42,8 +42,8 @@ def observed(a: argparse.Namespace, name: str) -> Path:
     """The file of observations of a case, with the truth behind them."""
     file, case = a.folder / f"{name}-{a.count}-{a.seed}.npz", CASES[name]
     if not file.is_file():
-        x, _ = clean_data(case.data, a.data, a.count, a.prior, a.seed)
-        draw = stream(a.seed, "real", name)
+        draw = torch.Generator().manual_seed(a.seed) if case.data == "galaxies" else stream(a.seed, "real", name)
+        x = observed_data(case.data, a.data, a.count, draw)
         observer = case.draw(SHAPE, a.count, draw)
         write_observations(file, Observations(observer.simulate(x, draw), observer), x)
     return file
@@ -56,7 +56,7 @@ def run(a: argparse.Namespace, name: str) -> dict[str, Any]:
     flags = ["--train.start-steps", str(a.start_steps), *([] if case.fused else ["--walk.levels", str(a.levels)]), *short]
     cost = fitted(file, out, a.iters, a.seed, flags)
     data, truth = read_observations(file), read_truth(file)
-    _, fresh = clean_data(case.data, a.data, a.count, a.prior, a.seed)
+    fresh = fresh_data(case.data, a.data, a.count, a.prior, a.seed)
     features = digit_features(a.data, a.folder, 2000 if a.quick else 60_000) if case.data == "digits" else None
     judge, walk = Figures(data, truth, fresh, features), run_walk(out, data, "cpu")
     trained, digits = a.folder / f"clean-{case.data}-{a.count}-{a.steps}-{a.seed}.safetensors", case.data == "digits"

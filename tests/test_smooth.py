@@ -6,7 +6,7 @@ import pytest
 import torch
 from exact import normal
 
-from emdiff.gaussian import as_smooth, em_iteration
+from emdiff.gaussian import as_smooth, em_iteration, factor
 from emdiff.observations import Observations
 from emdiff.scale import estimate_scale
 from emdiff.smooth import LENGTHS, correlation, correlation_length, smoothed, space
@@ -85,6 +85,22 @@ def test_what_no_datum_sees_keeps_the_smooth_start_and_not_the_variance_of_the_r
     """Averages of 2 x 2 pixels tell nothing of differences within: of an x of length 5 they have variance 2 (1 - exp(-1/5)), of a white one 2."""
     data = observed(downsample(), 5.0, std=1.0)
     data = Observations((data.obs - 5).float(), data.observer.to("cpu", torch.float32))
-    prior = em_iteration(as_smooth(data, 64, generator()), data, 64, generator())
+    start, root = as_smooth(data, 64, generator())
+    assert root.shape == (256, 256)
+    prior = start
+    for _ in range(3):
+        prior = em_iteration(prior, data, 64, generator(), root)
     x = prior.sample(2000, generator())
-    assert float((x[:, ::2, 0] - x[:, 1::2, 0]).square().mean()) == pytest.approx(0.36, rel=0.4)
+    assert float((x[:, ::2, 0] - x[:, 1::2, 0]).square().mean()) == pytest.approx(0.36, rel=0.25)
+    assert float((x[:, ::2, 0] + x[:, 1::2, 0]).square().mean()) == pytest.approx(2 * (1 + 0.82), rel=0.25)
+
+
+def test_a_covariance_is_split_into_factors_and_a_rest_of_known_correlation() -> None:
+    W = normal(60, 3)
+    root = smoothed(torch.eye(60, dtype=torch.float64), 1, 2.0).T
+    psi = 0.2 + 0.1 * normal(60, seed=2).abs()
+    C = root @ root.T
+    cov = W @ W.T + psi.sqrt()[:, None] * C * psi.sqrt()
+    V, rest = factor(cov, 3, 1e-6, sweeps=200, root=root)
+    torch.testing.assert_close(V @ V.T, W @ W.T, atol=0.15, rtol=0)
+    torch.testing.assert_close(rest, psi, atol=0.1, rtol=0)
