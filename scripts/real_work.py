@@ -34,7 +34,7 @@ from emdiff.figures import save_rows
 from emdiff.observations import Observations, read_observations, read_truth, write_observations
 from emdiff.posterior import run_walk
 from emdiff.prior import load_prior
-from emdiff.runs import latest_prior
+from emdiff.runs import latest_prior, round_metrics
 from emdiff.streams import stream
 
 
@@ -61,8 +61,8 @@ def run(a: argparse.Namespace, name: str) -> dict[str, Any]:
     judge, walk = Figures(data, truth, fresh, features), run_walk(out, data, "cpu")
     trained, digits = a.folder / f"clean-{case.data}-{a.count}-{a.steps}-{a.seed}.safetensors", case.data == "digits"
     priors = {"clean": clean_prior(trained, truth, (0.5, 0.25) if digits else (), a.steps, a.seed), "ours": load_prior(latest_prior(out))}
-    size = (a.judged, a.samples, a.prior, a.seed)
-    columns = {"gaussian": gaussian_column(data, *size)} | {key: learned_column(p, walk, data, *size, key) for key, p in priors.items()}
+    size, bound = (a.judged, a.samples, a.prior, a.seed), round_metrics(out)[0]["bound"]
+    columns = {"gaussian": gaussian_column(data, *size)} | {key: learned_column(p, walk, bound, data, *size, key) for key, p in priors.items()}
     figures: dict[str, Any] = {"naive": judge.naive(a.judged), "floor": judge.floor(), **{key: judge.of(c) for key, c in columns.items()}}
     shown = naive(data.observer.rows(slice(0, 12)), data.obs[:12])
     rows = {"truth": truth[:12], "observed": shown} | {f"{key}: sample": columns[key].posterior[:12, 0] for key in columns}
