@@ -62,8 +62,8 @@ def clean_prior(file: Path, x: Tensor, masks: tuple[float, ...], steps: int, see
 
 
 def learned_column(prior: Prior, walk: Walk, bound: float, data: Observations, n: int, L: int, P: int, seed: int, name: str) -> Column:
-    """Samples under a learned prior, walked as in the E-steps of a fit: chains beyond the bound, in units of the data's std, are walked again. A prior
-    trained down to a coarser level than the walk's last ends there."""
+    """Samples under a learned prior, walked as in the E-steps of a fit: chains beyond the bound, in units of the data's std, are walked again. A
+    prior trained down to a coarser level than the walk's last ends there."""
     walk = walk._replace(tau_last=max(walk.tau_last, prior.tau_last))
     some, draw, made, restarted = prior.scale.observations(data.rows(slice(0, n))), stream(seed, "real posterior", name), [], 0
     chains = torch.zeros(n, *data.shape) if math.isfinite(walk.tau_first) else None
