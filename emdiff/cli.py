@@ -21,6 +21,7 @@ from emdiff.launch import launch, launched
 from emdiff.reading import check_configs, guarded
 from emdiff.settings import TrainSettings, WalkSettings
 from observers.instruments import Recipe, identity
+from observers.noise_recipes import NoiseRecipe, level
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -32,6 +33,7 @@ def observe(
     noise_std: float,
     out: str,
     observer: Recipe = identity(),
+    noise: NoiseRecipe = level(),
     count: Optional[int] = None,
     seed: int = 0,
     device: Device = "auto",
@@ -40,19 +42,22 @@ def observe(
 
     Args:
         data: Clean data, .npz, .npy or .h5; uint8 images become [0, 1].
-        noise_std: Standard deviation of n, in the units of the data.
+        noise_std: Standard deviation of n, in the units of the data; of counts that of their read-out, which may be 0.
         out: File to write, .npz or .h5, or a folder of .npy files (FOLDER/).
-        observer: How A is drawn: identity, mask, projection, blur, downsample, fourier, multicoil, radon, compressed, compose, stack;
-            --observer.help mask tells what can be set.
+        observer: How A is drawn: identity, mask, projection, blur, downsample, fourier, multicoil, radon, compressed, compose, stack,
+            mixed; --observer.help mask tells what can be set.
+        noise: How the law of n is drawn about noise_std: level (one for all), per_datum, per_entry, low_rank, stationary or counts;
+            --noise.help per_datum tells what can be set.
         count: Take the first so many data; all by default.
         seed: Seed of masks and noise.
         device: Accepted for uniformity; observing runs on the CPU.
     """
-    positive("--noise-std", noise_std)
+    if noise_std != 0 or not noise.without_readout:
+        positive("--noise-std", noise_std)
     suffix("--out", out, (".npz", ".h5", ".hdf5", "/"))
-    from emdiff.commands import observe_command
+    from emdiff.commands_observe import observe_command
 
-    observe_command(Path(data), observer, noise_std, count, Path(out), seed)
+    observe_command(Path(data), observer, noise, noise_std, count, Path(out), seed)
 
 
 def fit(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 from emdiff.changes import versions
 from emdiff.compiled import for_sampling
-from emdiff.data import Data, Observations
+from emdiff.data import Data
 from emdiff.errors import UsageError
 from emdiff.evaluate import Evaluation, Task, drifts, evaluate, ratios, write_evaluation
 from emdiff.features import feature_module
 from emdiff.figures import is_image, save_rows
 from emdiff.metrics import residual_chi2
-from emdiff.observations import open_data, open_truth, write_parts
+from emdiff.observations import open_data, open_truth
 from emdiff.plan import resolve_device
 from emdiff.posterior import check_shape, run_walk, sample_posterior, settled
 from emdiff.prior import check_any_level, load_prior
@@ -31,8 +31,6 @@ from emdiff.runs import latest_prior, round_metrics, round_of
 from emdiff.streams import stream
 from emdiff.track import Tracker
 from emdiff.written import NewArchive
-from observers import Observer
-from observers.recipes import Recipe
 
 
 def bars(span: slice | None = None, count: int = 0) -> Callable[[str, int], Callable[[int], None]]:
@@ -50,30 +48,6 @@ def bars(span: slice | None = None, count: int = 0) -> Callable[[str, int], Call
         return update
 
     return phase
-
-
-def observe_command(data: Path, recipe: Recipe, noise_std: float, count: int | None, out: Path, seed: int) -> None:
-    """`emdiff observe`: in parts, each with operators and noise of its own from one stream; what all data share is that of the first part."""
-    x, generator = open_data(data, count), stream(seed, "observe")
-    shape, name = tuple(x.shape[1:]), ""
-
-    def parts() -> Iterator[tuple[Observations, Tensor]]:
-        nonlocal name
-        whole: Observer | None = None
-        shared: dict[str, Tensor] = {}
-        for span in spans(len(x), math.prod(shape), len(x), BLOCK // 4):
-            clean = x[span]
-            drawn = whole or recipe.draw(shape, len(clean), noise_std, generator)
-            if not span.start:
-                whole, name = drawn if drawn.count is None else None, drawn.name
-                shared = {key: array for key, array in drawn.arrays().items() if len(array) != len(clean)}
-            elif whole is None:
-                drawn = type(drawn).assemble(shape, drawn.noise, {**drawn.arrays(), **shared, **drawn.options()})
-            yield Observations(drawn.simulate(clean, generator), drawn), clean
-
-    write_parts(out, len(x), parts())
-    print(f"{len(x)} observations of shape {shape} through {name}, noise_std {noise_std:g} -> {out}")
-    print(f"next: emdiff fit --observations {out}")
 
 
 def reconstruct_command(run: Path, data: Data, samples: int, out: Path, seed: int, device: str, compile: bool = False) -> None:

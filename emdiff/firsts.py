@@ -13,7 +13,7 @@ from emdiff.components import STAGES, fit_mixture
 from emdiff.data import Data, measured
 from emdiff.em import e_step
 from emdiff.folder import RunFolder
-from emdiff.gaussian import condition, fit_gaussian
+from emdiff.gaussian import fit_gaussian, pathwise
 from emdiff.mdae import MDAE
 from emdiff.outline import Listener, Plan
 from emdiff.posterior import sample_posterior
@@ -21,6 +21,7 @@ from emdiff.prior import Prior, build_network, load_prior, set_precision
 from emdiff.processes import ALONE, Team
 from emdiff.rows import BLOCK, Array, Index, Rows, row_spans, spans
 from emdiff.scale import Scale
+from emdiff.smooth import correlation_length
 from emdiff.start import antithetic, first_samples, recorrupt, self_supervised_loss
 from emdiff.streams import stream, stream_seed
 from emdiff.training import Optimiser, Trained, train
@@ -52,14 +53,15 @@ def start_round(
     own, gaussian = those_of(data, team.rows(len(data))), None
     if plan.start.kind == "gaussian":
         bar, draw = listener.phase("start: Gaussian EM", GAUSSIAN_ITERATIONS), stream(team.seed(plan.seed), "gaussian")
-        gaussian = fit_gaussian(own, GAUSSIAN_ITERATIONS, generator=draw, progress=bar, total=team.total).to(plan.device)
+        length = team.lead(correlation_length, data, stream(plan.seed, "smooth"))
+        gaussian = fit_gaussian(own, GAUSSIAN_ITERATIONS, generator=draw, progress=bar, total=team.total, length=length).to(plan.device)
     draw, x, largest = stream(team.seed(plan.seed), "first samples", device=plan.device), own_x(run, own, team), 0.0
     bar = listener.phase("start: first samples", len(own))
     for i in range(0, len(own), plan.walk.batch):
         span = slice(i, min(i + plan.walk.batch, len(own)))
         batch = own.rows(span).to(plan.device)
         if plan.start.kind == "gaussian":
-            part = condition(gaussian, batch.observer, batch.obs, draw).x
+            part = pathwise(gaussian, batch.observer, batch.obs, draw)
         else:
             part = first_samples(denoiser, batch, draw)
         x[span], largest = part, max(largest, float(part.abs().max()))

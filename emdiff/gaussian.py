@@ -25,6 +25,7 @@ from torch import Tensor
 
 from emdiff.denoise import GaussianDenoiser
 from emdiff.linalg import Solve, cg
+from emdiff.smooth import correlation, correlation_length
 
 if TYPE_CHECKING:
     from emdiff.data import Data, Observations
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 DENSE = 128
 """Most entries of x for which posterior covariances are formed in full."""
+
+SMOOTH = 1024
+"""Most entries of x of which what a low-rank factor leaves is kept as smooth as the observations say, and not white."""
 
 CHUNK = 512
 """Data per batch."""
@@ -58,13 +62,16 @@ class Conditional(NamedTuple):
 
 
 def solve_innovation(prior: GaussianDenoiser, observer: Observer, b: Tensor, iterations: int = 60, tolerance: float = 1e-5) -> Solve:
-    """(A S At + cov_obs)^-1 b by conjugate gradients, with image S At of the solution; b (B, *O)."""
+    """(A S At + cov_obs)^-1 b by conjugate gradients in units of the noise, with image S At of the solution; b (B, *O)."""
+    std = observer.std()
 
     def product(p: Tensor) -> tuple[Tensor, Tensor]:
-        image = prior.prior_product(observer.adjoint(p))
-        return observer.forward(image) + observer.cov(p), image
+        q = p / std
+        image = prior.prior_product(observer.adjoint(q))
+        return (observer.forward(image) + observer.cov(q)) / std, image
 
-    return cg(product, b, iterations, tolerance)
+    solve = cg(product, b / std, iterations, tolerance)
+    return solve._replace(x=solve.x / std)
 
 
 def condition(prior: GaussianDenoiser, observer: Observer, obs: Tensor, generator: torch.Generator | None = None) -> Conditional:
@@ -80,37 +87,47 @@ def condition(prior: GaussianDenoiser, observer: Observer, obs: Tensor, generato
         Conditional(x, xhat).
     """
     mean = prior.mean.expand(len(obs), *prior.mean.shape)
-    x0 = prior.sample(len(obs), generator)
     xhat = mean + solve_innovation(prior, observer, obs - observer.forward(mean)).image
-    x = x0 + solve_innovation(prior, observer, obs - observer.simulate(x0, generator)).image
-    return Conditional(x, xhat)
+    return Conditional(pathwise(prior, observer, obs, generator), xhat)
 
 
-def factor(cov: Tensor, rank: int, floor: float, sweeps: int = 8) -> tuple[Tensor, Tensor]:
-    """Write a covariance (d, d) as W W^T + diag(psi), W (d, rank): principal factors, then the diagonal that is left.
+def pathwise(prior: GaussianDenoiser, observer: Observer, obs: Tensor, generator: torch.Generator | None = None, tolerance: float = 1e-5) -> Tensor:
+    """The sample alone, (B, *S); solves end at a relative residual of `tolerance`, in units of the noise."""
+    x0 = prior.sample(len(obs), generator)
+    return x0 + solve_innovation(prior, observer, obs - observer.simulate(x0, generator), tolerance=tolerance).image
+
+
+def factor(cov: Tensor, rank: int, floor: float, sweeps: int = 8, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Write a covariance (d, d) as W W^T + psi^(1/2) C psi^(1/2), W (d, rank), psi diagonal: principal factors, then the variance that is left.
 
     Args:
         cov: Symmetric; may have negative eigenvalues.
         rank: Columns of W.
         floor: Least psi.
         sweeps: Alternations between W and psi.
+        root: Of C, a correlation, (d, r); C = I where None.
 
     Returns:
         (W, psi), shapes (d, rank) and (d,).
     """
+    C = torch.eye(len(cov), dtype=cov.dtype, device=cov.device) if root is None else root @ root.T
     psi = torch.zeros_like(cov.diagonal())
     for _ in range(sweeps):
-        s, basis = torch.linalg.eigh(cov - torch.diag(psi))
+        s, basis = torch.linalg.eigh(cov - psi.sqrt()[:, None] * C * psi.sqrt())
         W = basis[:, -rank:] * s[-rank:].clamp(min=0).sqrt()
         psi = (cov.diagonal() - W.square().sum(1)).clamp(min=floor)
     return W, psi
 
 
-def from_moments(mean: Tensor, cov: Tensor, rank: int, sweeps: int = 8) -> GaussianDenoiser:
-    """N(mean, cov), in full for up to DENSE entries, else low rank plus diagonal; mean (*S,), cov (d, d), sweeps as in `factor`."""
+def from_moments(mean: Tensor, cov: Tensor, rank: int, sweeps: int = 8, root: Tensor | None = None) -> GaussianDenoiser:
+    """N(mean, cov), in full for up to DENSE entries, else low rank plus diagonal, or plus C with a variance per entry; mean (*S,), cov (d, d), the
+    others as in `factor`."""
     if cov.shape[0] <= DENSE:
         return GaussianDenoiser.from_covariance(mean, cov)
-    return GaussianDenoiser(mean, *factor(cov, rank, 1e-6 * float(cov.diagonal().mean().clamp(min=1e-12)), sweeps))
+    W, psi = factor(cov, rank, 1e-6 * float(cov.diagonal().mean().clamp(min=1e-12)), sweeps, root)
+    if root is None:
+        return GaussianDenoiser(mean, W, psi)
+    return GaussianDenoiser(mean, torch.cat([W, psi.sqrt()[:, None] * root], dim=1), torch.zeros_like(psi))
 
 
 def _dense_posteriors(prior: GaussianDenoiser, data: Observations) -> tuple[Tensor, Tensor]:
@@ -135,7 +152,7 @@ def _noise_covariance(data: Observations) -> Tensor:
 
 
 def em_iteration(
-    prior: GaussianDenoiser, data: Data, rank: int, generator: torch.Generator | None = None, total: Total = alone
+    prior: GaussianDenoiser, data: Data, rank: int, generator: torch.Generator | None = None, total: Total = alone, root: Tensor | None = None
 ) -> GaussianDenoiser:  # fmt: skip
     """One EM iteration of a Gaussian prior on observations; exact where d <= DENSE, with one sample per datum above.
 
@@ -145,6 +162,7 @@ def em_iteration(
         rank: Columns of the low-rank factor above DENSE entries.
         generator: Source of randomness.
         total: As in `fit_gaussian`.
+        root: Of the correlation of what that factor leaves (`factor`).
 
     Returns:
         N(mean, S) of iteration k + 1.
@@ -156,9 +174,9 @@ def em_iteration(
         if dense:
             moments.add(*_dense_posteriors(prior, batch))
         else:
-            moments.add(condition(prior, batch.observer, batch.obs, generator).x.flatten(1))
+            moments.add(pathwise(prior, batch.observer, batch.obs, generator, 1e-3).flatten(1))
     mean, cov = moments.mean_and_covariance(prior.mean, total)
-    return from_moments(mean.reshape(prior.mean.shape), cov, rank, sweeps=2)
+    return from_moments(mean.reshape(prior.mean.shape), cov, rank, sweeps=2, root=root)
 
 
 class Moments:
@@ -186,6 +204,7 @@ def fit_gaussian(
     generator: torch.Generator | None = None,
     progress: Callable[[int], None] = lambda k: None,
     total: Total = alone,
+    length: float | None = None,
 ) -> GaussianDenoiser:
     """Fit N(mean, S) to observations of standardised data.
 
@@ -196,6 +215,7 @@ def fit_gaussian(
         generator: Source of randomness.
         progress: Called with the number of each finished iteration.
         total: From a sum over these data to that over the data of all who fit the same Gaussian to theirs.
+        length: Correlation length of x in entries (smooth), the same for all who fit; None takes what these data say.
 
     Returns:
         The prior, a denoiser in closed form.
@@ -203,12 +223,23 @@ def fit_gaussian(
     closed = identity_moments(data, total)
     if closed is not None:
         return from_moments(*closed, rank)
-    like = data.rows(slice(0, 1)).obs.new_zeros(data.shape)
-    prior = GaussianDenoiser(like, like.new_zeros(like.numel(), 1), torch.ones_like(like.flatten()))
+    prior, root = as_smooth(data, rank, correlation_length(data, generator) if length is None else length)
     for k in range(iterations):
-        prior = em_iteration(prior, data, rank, generator, total)
+        prior = em_iteration(prior, data, rank, generator, total, root)
         progress(k + 1)
     return prior
+
+
+def as_smooth(data: Data, rank: int, length: float) -> tuple[GaussianDenoiser, Tensor | None]:
+    """N(0, C) of variance 1, C of a correlation length (smooth), and a root (d, d) of C, None where x is white or has more than SMOOTH
+    entries. What stays of C is what no datum sees, and white directions there would hold as much variance as the seen ones."""
+    d = math.prod(data.shape)
+    mean = data.rows(slice(0, 1)).obs.new_zeros(data.shape)
+    if not length:
+        return GaussianDenoiser(mean, mean.new_zeros(d, 1), mean.new_ones(d)), None
+    W, psi = correlation(data.shape, length, d if d <= SMOOTH else rank)
+    prior = GaussianDenoiser(mean, W.to(mean), psi.to(mean))
+    return prior, prior.factor if d <= SMOOTH else None
 
 
 def identity_moments(data: Data, total: Total = alone) -> tuple[Tensor, Tensor] | None:

@@ -108,7 +108,7 @@ def check_yaml(text: str) -> None:
                 raise ValueError(f"it uses the tag {tag}; give plain values")
             scalar = isinstance(event, yaml.ScalarEvent)
             if key and not (scalar and _known_class(event.value)):
-                raise ValueError(f"class_path is {getattr(event, 'value', 'no name')}; give the name of a recipe of observers")
+                raise ValueError(f"class_path is {getattr(event, 'value', 'no name')}; give the name of a recipe of observers or noise")
             key = scalar and event.value == "class_path"
     except yaml.YAMLError as error:
         raise ValueError(one_line(error)) from error
@@ -116,7 +116,7 @@ def check_yaml(text: str) -> None:
 
 def _known_class(name: str) -> bool:
     """Whether a class named in a configuration is one of emdiff's own."""
-    return re.sub(r"^observers\.(recipes|instruments)\.", "", name).isidentifier()
+    return re.sub(r"^observers\.(recipes|instruments|noise_recipes)\.", "", name).isidentifier()
 
 
 def guarded(load: Callable[[str], Any]) -> Callable[[str], Any]:

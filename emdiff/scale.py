@@ -1,19 +1,19 @@
 r"""The scale of the data: emdiff works on (x - mean) / std and hands everything back in the user's units.
 
-mean and std are estimated from the observations alone, as the moments of a white x:
+mean and std are estimated from the observations alone, as the moments of an x as smooth as they say (smooth; white for vectors and diagonal A):
 
     mean = argmin_m sum_i |obs_i - m A_i 1|^2 / n_i^2,
-    std^2 = sum_i (|obs_i - mean A_i 1|^2 - tr cov_obs_i) / n_i^2  /  sum_i tr(A_i At_i) / n_i^2
+    std^2 = sum_i (|obs_i - mean A_i 1|^2 - tr cov_obs_i) / n_i^2  /  sum_i E |A_i xi|^2 / n_i^2
 
-with n_i^2 the mean noise variance of datum i, and tr(A At) by Hutchinson's estimate E |A xi|^2 over random signs xi. With A = I these are the
+with n_i^2 the mean noise variance of datum i, and xi of mean 0, variance 1 and that smoothness, for a white x random signs. With A = I these are the
 plain mean and standard deviation of all entries, less the noise.
 
 Channels, the first axis of S, have a mean and std each where these differ (`channels`). With 1_c the indicator of channel c, the means solve
-the same least squares over A_i 1_c; the variances v solve, with t = At (obs - A mean) and xi_c signs on channel c and 0 elsewhere,
+the same least squares over A_i 1_c; the variances v solve, with t = At (obs - A mean) and xi_c such draws on channel c and 0 elsewhere,
 
     sum_i |t_ic|^2 / n_i^2 = sum_c' v_c' sum_i |(At A xi_c')_c|^2 / n_i^2 + sum_i |(At R xi)_c|^2 / n_i^2,       R R^T = cov_obs,
 
-both sides' expectation for a white x. All sums are in units of the noise, so that no flux is too small or too large for float32.
+both sides' expectation. All sums are in units of the noise, so that no flux is too small or too large for float32.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from emdiff.data import Data, Observations, View, batches
 from emdiff.errors import UsageError
+from emdiff.smooth import correlation_length, smoothed, space
 from observers.scaled import Scaled
 
 ALIKE = 1.5
@@ -128,17 +129,17 @@ def estimate_scale(data: Data, generator: torch.Generator) -> Scale:
         w = _weights(part)
         top += float((w * (one * part.obs).flatten(1).sum(1)).sum())
         bottom += float((w * one.square().flatten(1).sum(1)).sum())
-    mean = top / max(bottom, 1e-30)
+    mean, length = top / max(bottom, 1e-30), correlation_length(data, generator)
     power = noise = trace = 0.0
     for _, part in batches(data):
         part = _divided(part, unit)
         ones = part.obs.new_full((len(part), *data.shape), mean)
-        signs = torch.randint(0, 2, ones.shape, generator=generator).to(ones) * 2 - 1
+        xi = _probe(ones, length, generator)
         variance = (part.observer.std().square() * part.observer.observed()).expand(part.obs.shape)
         w = _weights(part)
         power += float((w * (part.obs - part.observer.forward(ones)).square().flatten(1).sum(1)).sum())
         noise += float((w * variance.flatten(1).sum(1)).sum())
-        trace += float((w * part.observer.forward(signs).square().flatten(1).sum(1)).sum())
+        trace += float((w * part.observer.forward(xi).square().flatten(1).sum(1)).sum())
     variance_x = (power - noise) / max(trace, 1e-30)
     if not variance_x > 1e-3 * noise / max(trace, 1e-30) * (100 / len(data)) ** 0.5:
         raise UsageError(
@@ -146,10 +147,10 @@ def estimate_scale(data: Data, generator: torch.Generator) -> Scale:
             "check the noise level (it is in the units of the observations) and give the right one with --noise-std"
         )
     whole = Scale(mean * unit, variance_x**0.5 * unit)
-    return whole if channels(data.shape) == 1 else _by_channel(data, unit, whole, generator)
+    return whole if channels(data.shape) == 1 else _by_channel(data, unit, whole, length, generator)
 
 
-def _by_channel(data: Data, unit: float, whole: Scale, generator: torch.Generator) -> Scale:
+def _by_channel(data: Data, unit: float, whole: Scale, length: float, generator: torch.Generator) -> Scale:
     """A scale for each channel, or the whole one where the channels are alike or one of them cannot be told from noise."""
     C, space = channels(data.shape), len(data.shape) - 1
     like = data.rows(slice(0, 1)).obs
@@ -167,10 +168,10 @@ def _by_channel(data: Data, unit: float, whole: Scale, generator: torch.Generato
     for _, part in batches(data):
         part, w = _divided(part, unit), _weights(_divided(part, unit))
         power = lambda t, w=w: (w[:, None] * t.flatten(2).square().sum(2)).sum(0).double()
-        signs = torch.randint(0, 2, (len(part), *data.shape), generator=generator).to(part.obs) * 2 - 1
+        xi = _probe(part.obs.new_empty(len(part), *data.shape), length, generator)
         noise = torch.randint(0, 2, part.obs.shape, generator=generator).to(part.obs) * 2 - 1
         A, seen = part.observer, part.observer.observed()
-        T += torch.stack([power(A.adjoint(A.forward(signs * one))) for one in indicator], dim=1)
+        T += torch.stack([power(A.adjoint(A.forward(xi * one))) for one in indicator], dim=1)
         q += power(A.adjoint(part.obs - A.forward(centre.expand(len(part), *data.shape))))
         q -= power(A.adjoint(torch.where(seen, A.noise.colour(noise, seen), 0.0)))
     variance = torch.linalg.pinv(T, rtol=1e-6) @ q
@@ -183,6 +184,13 @@ def _by_channel(data: Data, unit: float, whole: Scale, generator: torch.Generato
     overall = math.sqrt(float(variance.mean() + mean.var(unbiased=False)))
     found = tuple((float(m) * unit, float(s) * unit) for m, s in zip(mean, std))
     return Scale(float(mean.mean()) * unit, overall * unit, found, space)
+
+
+def _probe(like: Tensor, length: float, generator: torch.Generator) -> Tensor:
+    """Draws like (B, *S) of variance 1 and correlation length l: random signs for a white x, whose power is exact where A is diagonal."""
+    if not length:
+        return torch.randint(0, 2, like.shape, generator=generator).to(like) * 2 - 1
+    return smoothed(torch.randn(like.shape, generator=generator).to(like), space(tuple(like.shape[1:])), length)
 
 
 def _weights(part: Observations) -> Tensor:

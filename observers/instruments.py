@@ -24,6 +24,7 @@ __all__ = [
     "fourier",
     "identity",
     "mask",
+    "mixed",
     "multicoil",
     "projection",
     "radon",
@@ -313,3 +314,38 @@ class stack(Recipe):
 
         parts = [recipe.draw(shape, count, noise_std, generator) for recipe in (self.first, self.second)]
         return Stack(shape, torch.tensor(float(noise_std)), parts)
+
+
+@dataclass(frozen=True)
+class mixed(Recipe):
+    """Each datum is seen by one of two instruments, drawn at random, with noise: several instruments in one file.
+
+    Attributes:
+        first: One instrument.
+        second: The other; `mixed` again for a third.
+        share: Of the data that the first sees, above 0 and below 1.
+
+    >>> mixed(mask(), downsample()).draw((8, 8), 5, 0.5, None).obs_shape
+    (80,)
+    """
+
+    first: Recipe = mask()
+    second: Recipe = downsample()
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"mixed: share is {self.share:g}, expected a fraction above 0 and below 1")
+
+    def draw(self, shape: tuple[int, ...], count: int, noise_std: float, generator: "torch.Generator") -> "Observer":
+        """Both stacked, then a mask that leaves one of the two to each datum."""
+        import torch
+
+        from observers.compose import Compose
+        from observers.mask import Mask
+
+        both = stack(self.first, self.second).draw(shape, count, noise_std, generator)
+        by_first = (torch.rand(count, 1, generator=generator) < self.share).expand(-1, math.prod(both.parts[0].obs_shape))
+        by_second = ~by_first[:, :1].expand(-1, both.obs_shape[0] - by_first.shape[1])
+        noise, chosen = torch.tensor(float(noise_std)), torch.cat([by_first, by_second], dim=1)
+        return Compose(shape, noise, (both, Mask(both.obs_shape, noise, chosen & both.observed())))

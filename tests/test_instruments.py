@@ -12,11 +12,12 @@ from exact import normal, uniform
 from scipy import ndimage
 from torch import Tensor
 
-from emdiff import commands
+from emdiff import commands_observe
 from emdiff.observations import read_observations
 from observers import build
 from observers.compressed import hadamard
-from observers.instruments import blur, compose, compressed, downsample, fourier, multicoil, radon
+from observers.instruments import blur, compose, compressed, downsample, fourier, mixed, multicoil, radon
+from observers.noise_recipes import level
 from observers.recipes import Recipe, mask, projection
 
 ONE = torch.tensor(0.7, dtype=torch.float64)
@@ -161,10 +162,10 @@ def test_acceleration_is_the_share_of_columns_and_the_centre_is_always_sampled()
 
 
 def test_what_data_share_is_drawn_once_where_observations_are_made_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "BLOCK", 4 * 4 * 12)
+    monkeypatch.setattr(commands_observe, "BLOCK", 4 * 4 * 12)
     np.savez(tmp_path / "clean.npz", x=normal(10, 12).float().numpy())
     recipe = compose(projection(rows=6, shared=True), mask(keep=0.5))
-    commands.observe_command(tmp_path / "clean.npz", recipe, 1e-4, None, tmp_path / "obs.npz", 0)
+    commands_observe.observe_command(tmp_path / "clean.npz", recipe, level(), 1e-4, None, tmp_path / "obs.npz", 0)
     read = read_observations(tmp_path / "obs.npz")
     seen = read.observer.observed()
     assert seen.shape[0] == 10 and len(read.observer.arrays()["0.matrix"]) == 1
@@ -172,7 +173,23 @@ def test_what_data_share_is_drawn_once_where_observations_are_made_in_parts(tmp_
     torch.testing.assert_close(read.obs[seen], expected[seen], atol=1e-3, rtol=0)
 
 
+def test_of_mixed_instruments_each_datum_is_seen_by_one() -> None:
+    """Three in one file: what each datum's observation holds is that of its instrument alone."""
+    recipe = mixed(mask(keep=0.5), mixed(downsample(factor=2), projection(rows=3)), share=1 / 3)
+    A = recipe.draw((4, 4), 600, 0.1, torch.Generator().manual_seed(0)).to("cpu", torch.float64)
+    x, sizes = normal(600, 4, 4), (16, 4, 3)
+    shown = torch.stack([part.any(1) for part in A.parts[1].mask.split([16, 7], dim=1)], 1)
+    assert A.obs_shape == (sum(sizes),) and (shown.sum(1) == 1).all() and shown[:, 0].double().mean() == pytest.approx(1 / 3, abs=0.07)
+    first, rest = A.parts[0].parts
+    expected = torch.cat([first.forward(x).flatten(1) * shown[:, :1], rest.forward(x) * shown[:, 1:]], dim=1)
+    torch.testing.assert_close(A.forward(x), expected)
+    w = normal(600, 23, seed=4)
+    torch.testing.assert_close((A.forward(x) * w).sum(1), (x * A.adjoint(w)).sum((1, 2)))
+
+
 def test_recipes_refuse_what_is_out_of_range() -> None:
+    with pytest.raises(ValueError, match="mixed: share is 1, expected a fraction above 0 and below 1"):
+        mixed(share=1)
     with pytest.raises(ValueError, match="blur: sigma is 0, expected 0.2 to 100"):
         blur(sigma=0)
     with pytest.raises(ValueError, match="blur: size is 4, expected an odd number"):

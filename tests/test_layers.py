@@ -14,7 +14,7 @@ LAYERS = [
     {"rows", "checkpoint"},
     {"unfinished"},
     {"archive", "written", "data", "denoise", "langevin", "printing", "lock", "parameters", "memory"},
-    {"stored", "changes"},
+    {"stored", "changes", "smooth"},
     {"folder"},
     {"observations"},
     {"accumulate", "guidance", "gaussian", "deconvolution"},
@@ -50,7 +50,7 @@ LAYERS = [
     {"track", "evaluate", "strips", "train"},
     {"evidence"},
     {"report", "plan", "train_plan"},
-    {"commands", "commands_fit", "check", "commands_prior"},
+    {"commands", "commands_fit", "check", "commands_prior", "commands_observe"},
     {"cli_prior"},
     {"cli"},
 ]
