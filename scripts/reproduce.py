@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -195,13 +197,20 @@ def quality(args: argparse.Namespace) -> None:
 
 
 def follow(
-    args: argparse.Namespace, prior: Prior, sigma: tuple[float, ...], steps: int, every: int, name: str, keep: int = 1024
+    args: argparse.Namespace,
+    prior: Prior,
+    sigma: tuple[float, ...],
+    steps: int,
+    every: int,
+    name: str,
+    keep: int = 1024,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """One chain's jumps (n, 28, 28) and its diagnostics; Algorithm 1 with delta = sigma, gamma = 1/4, u = 1, unless told otherwise."""
     net = digit_classifier(prior.shape, prior.scale.mean)
     figures = ChainFigures(prior.shape, keep, None if net is None else lambda x: net(x).softmax(1))
     chain = ChainWalk(sigma, delta=args.delta * min(sigma), gamma=args.gamma, step=args.step)
-    run_chain(prior, chain, steps, every, stream(args.seed, name), figures)
+    run_chain(prior, chain, steps, every, stream(args.seed, name), figures, progress=progress)
     return torch.stack([x for _, x in figures.gallery.items]), figures.figures() | {"delta": chain.delta, "sigma": sigma[0], "M": len(sigma)}
 
 
@@ -227,8 +236,15 @@ def more(args: argparse.Namespace) -> None:
 
 def lifelong(args: argparse.Namespace) -> None:
     """One chain of --steps steps, its classes over time, and the Frechet distance of its jumps beside that of parallel samples."""
-    clock, prior = time.perf_counter(), prior_of(args)
-    x, found = follow(args, prior, own_levels(prior) or (1.0,) * args.measurements, args.steps, args.every, "lifelong", keep=8192)
+    clock, prior, peaks = time.perf_counter(), prior_of(args), []
+
+    def watch(done: int) -> None:
+        if done * 5 >= args.steps * (len(peaks) + 1):
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+
+    sigma = own_levels(prior) or (1.0,) * args.measurements
+    x, found = follow(args, prior, sigma, args.steps, args.every, "lifelong", keep=8192, progress=watch)
+    found |= {"steps_per_second": args.steps / (time.perf_counter() - clock), "peak_mb_by_fifth": peaks}
     args.out.mkdir(parents=True, exist_ok=True)
     save_samples(args.out / "lifelong.png", x[:: max(1, len(x) // 600)][:600], f"one chain, {args.steps} steps", columns=30)
     np.savez(args.out / "lifelong.npz", x=x.numpy())
