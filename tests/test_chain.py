@@ -74,6 +74,24 @@ def test_the_start_is_remark_4(noisy):
     assert not state.v.any()
 
 
+def test_a_warm_start_is_a_draw_of_the_m_density():
+    """Of N(0, 1) measured with tau: mean 0, variance 1 + tau^2 to the order of the walk, velocities N(0, u); collapsed for M = 4."""
+    chain = ChainWalk((0.8,) * 4, delta=0.1, u=2.0, warm_start=True)
+    prior = gaussian(1)
+    target = density(prior, chain, "cpu")
+    state = start(prior, chain, target, 40_000, torch.Generator().manual_seed(0))
+    tau = 0.4 / SCALE.std
+    assert float(target.sigma) == pytest.approx(tau) and state.y.shape == (40_000, 1, 1)
+    exact = 1 + tau**2
+    assert float(state.y.mean()) == pytest.approx(0, abs=0.03) and float(state.y.var()) == pytest.approx(exact, rel=0.03)
+    assert float(state.v.var()) == pytest.approx(target.u, rel=0.03)
+    torch.manual_seed(0)
+    model = build_model((2,), "mem", {"kind": "mlp", "width": 8, "blocks": 1}, [2.0]).eval()
+    fixed = Prior(model, SCALE, (2,), 0.5, {})
+    with pytest.raises(ValueError, match="no warm start"):
+        run_chain(fixed, ChainWalk(own_levels(fixed), delta=0.2, warm_start=True), 2, 1, torch.Generator())
+
+
 class Explosive(Denoiser):
     """A Gaussian's denoiser that repels what is beyond 3: chains break."""
 
