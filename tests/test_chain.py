@@ -10,6 +10,7 @@ from emdiff.chain_figures import Autocorrelation, ChainFigures, Thinned, Windows
 from emdiff.classifier import WEIGHTS, digit_classifier
 from emdiff.denoise import Denoiser, GaussianDenoiser
 from emdiff.flow import flow
+from emdiff.mdae import MDAE
 from emdiff.models import build_model
 from emdiff.prior import Prior
 from emdiff.scale import Scale
@@ -90,6 +91,22 @@ def test_a_warm_start_is_a_draw_of_the_m_density():
     fixed = Prior(model, SCALE, (2,), 0.5, {})
     with pytest.raises(ValueError, match="no warm start"):
         run_chain(fixed, ChainWalk(own_levels(fixed), delta=0.2, warm_start=True), 2, 1, torch.Generator())
+
+
+def test_one_chain_is_walked_in_float32_and_the_prior_is_left_as_it_was():
+    torch.manual_seed(0)
+    seen = []
+
+    class Backbone(torch.nn.Conv2d):
+        def forward(self, z, c):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().forward(z[:, None])[:, 0]
+
+    prior = Prior(MDAE(Backbone(1, 1, 1), bf16=True), SCALE, (4, 4), 0.01, {})
+    run_chain(prior, ChainWalk((1.0,), delta=0.2), 2, 1, torch.Generator().manual_seed(0))
+    assert not any(seen) and prior.denoiser.bf16
+    run_chain(prior, ChainWalk((1.0,), delta=0.2), 1, 1, torch.Generator().manual_seed(0), count=2)
+    assert seen[-1]
 
 
 class Explosive(Denoiser):
