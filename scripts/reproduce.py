@@ -13,7 +13,7 @@
 
 RUN is a run folder of `emdiff train`, such as `emdiff train --config configs/mnist_cpu.yaml --data mnist --out RUN`. For other sizes train with
 another of configs/*.yaml.
-Frechet distances are in 64 features of the classifier of scripts/mnist_features.py, to the 60,000 training digits; test digits score about 1.5.
+Frechet distances are in 64 features of the classifier of scripts/mnist_features.py, to the 60,000 training digits; all test digits score 3.2, every second one 4.4.
 """
 
 from __future__ import annotations
@@ -186,7 +186,8 @@ class Judge:
 def quality(args: argparse.Namespace) -> None:
     """Frechet distance and classes of samples by accumulating measurements, of one chain's jumps if given, and of test digits."""
     clock, judge = time.perf_counter(), Judge(args)
-    figures = {"test_digits": judge(digits(args, "test")[0][: args.count])}
+    test = digits(args, "test")[0]
+    figures = {"test_digits": judge(test[:: max(1, len(test) // args.count)][: args.count])}  # the first half is of other writers than the second
     if args.chain:
         with np.load(args.chain) as file:
             figures["chain"] = judge(torch.from_numpy(file["x"]))
