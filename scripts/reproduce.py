@@ -13,7 +13,8 @@
 
 RUN is a run folder of `emdiff train`, such as `emdiff train --config configs/mnist_cpu.yaml --data mnist --out RUN`. For other sizes train with
 another of configs/*.yaml.
-Frechet distances are in 64 features of the classifier of scripts/mnist_features.py, to the 60,000 training digits; all test digits score 3.2, every second one 4.4.
+Frechet distances are in 64 features of the classifier of scripts/mnist_features.py, to the 60,000 training digits; all test digits score 3.2, every
+second one 4.4.
 """
 
 from __future__ import annotations
