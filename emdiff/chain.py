@@ -6,7 +6,12 @@ of level sigma / sqrt(M) with inverse mass u / M (langevin), so M costs nothing.
 
 delta, gamma, u are the paper's, in the units of the data: with data divided by std, y' = y/std, the same walk has inverse mass u / std^2.
 
-Start (Remark 4): U[0, 1] in the units of the data, plus N(0, sigma^2) unless the plain start of Algorithm 1 is wanted.
+Start (Remark 4): U[0, 1] in the units of the data, plus N(0, sigma^2) unless the plain start of Algorithm 1 is wanted. A learned density is known
+only near the data's measurements, and where tau is small a chain may stay far from them for good; the warm start of a pooled prior, our own, is a
+draw of the M-density by accumulating measurements (accumulate).
+
+Step: Algorithm 1 has the score half a drift away from y, where the noise's variance is tau^2 (1 + delta^2 u / (4 sigma^2)): for delta = sigma and
+u = 1 a quarter more than the denoiser was told of, part of which it takes for structure.
 
 A chain never breaks: when its state stops to be finite, or its size leaves what the M-density holds by a factor ESCAPE, it goes back to its last good
 state with a fresh velocity, and that is counted.
@@ -16,20 +21,26 @@ Source: Multimeasurement Generative Models (Saremi & Srivastava 2022), App. D, R
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from emdiff.accumulate import accumulate, levels
 from emdiff.chain_figures import ChainFigures
 from emdiff.langevin import STEPS, State, start_velocity, walk
 from emdiff.measurement import effective
 from emdiff.models import fixed_levels
-from emdiff.prior import Prior
+from emdiff.prior import TAU_FIRST, Prior
 
 ESCAPE = 4.0
 """A chain has diverged when the root mean square of its y exceeds this times that of the M-density."""
+
+WARM_LEVELS = 32
+"""Levels of a warm start."""
 
 
 class ChainWalk(NamedTuple):
@@ -42,6 +53,7 @@ class ChainWalk(NamedTuple):
         u: Inverse mass.
         step: A key of `langevin.STEPS`: sachs (Algorithm 1), cheng (Algorithm 2), overdamped.
         noisy_start: Start with noise added to U[0, 1].
+        warm_start: Start at a draw of the M-density instead; pooled priors only.
     """
 
     sigma: tuple[float, ...]
@@ -50,6 +62,7 @@ class ChainWalk(NamedTuple):
     u: float = 1.0
     step: str = "sachs"
     noisy_start: bool = True
+    warm_start: bool = False
 
 
 class Density(NamedTuple):
@@ -70,8 +83,8 @@ class Density(NamedTuple):
 
 def own_levels(prior: Prior) -> tuple[float, ...] | None:
     """The levels (M,) that a prior of the channel view was made for, in the units of the data; None where it takes any."""
-    levels = fixed_levels(prior.denoiser)
-    return None if levels is None else tuple((levels * prior.scale.std).tolist())
+    own = fixed_levels(prior.denoiser)
+    return None if own is None else tuple((own * prior.scale.std).tolist())
 
 
 def density(prior: Prior, chain: ChainWalk, device: str | torch.device) -> Density:
@@ -92,8 +105,19 @@ def density(prior: Prior, chain: ChainWalk, device: str | torch.device) -> Densi
 
 
 def start(prior: Prior, chain: ChainWalk, target: Density, count: int, generator: torch.Generator) -> State:
-    """States (count, M or 1, *S): y by Remark 4 or Algorithm 1, velocities 0."""
+    """States (count, M or 1, *S): y by Remark 4 or Algorithm 1, velocities 0; or y by accumulating measurements, velocities N(0, u).
+
+    Raises:
+        ValueError: for a warm start of a prior of fixed levels, which has no coarser ones to come from.
+    """
     device, M = generator.device, len(target.sigma)
+    if chain.warm_start:
+        if fixed_levels(prior.denoiser) is not None:
+            raise ValueError("a prior of fixed levels has no warm start")
+        tau = float(target.sigma)
+        taus = levels(max(TAU_FIRST, 2 * tau), tau, WARM_LEVELS)
+        y = math.sqrt(1 + taus[0] ** 2) * torch.randn((count, *prior.shape), generator=generator, device=device)
+        return start_velocity(accumulate(prior.denoiser, y, taus[0], taus[1:], generator).y[:, None], target.u, generator)
     shape = (count, M, *prior.shape)
     uniform = prior.scale.standardise(torch.rand(shape, generator=generator, device=device))
     noise = torch.randn(shape, generator=generator, device=device) * target.sigma.reshape(1, -1, *[1] * len(prior.shape))
@@ -104,6 +128,16 @@ def escaped(y: Tensor, sigma: Tensor) -> Tensor:
     """Which chains (B,) have left the M-density: standardised data have mean square 1, their measurements 1 + sigma^2."""
     size = (y.flatten(2).square().mean(2) / (1 + sigma.square())).amax(1)
     return ~(size < ESCAPE**2)
+
+
+def in_float32(prior: Prior) -> Prior:
+    """The prior with its network in float32, sharing weights: for one image at a time, bfloat16 spends more on casts than it saves (2.9 ms a step on
+    a CPU against 1.8, docs/paper.md)."""
+    if not getattr(prior.denoiser, "bf16", False):
+        return prior
+    denoiser = copy.copy(prior.denoiser)
+    denoiser.bf16 = False
+    return prior._replace(denoiser=denoiser)
 
 
 @torch.inference_mode()
@@ -132,6 +166,7 @@ def run_chain(
     Returns:
         The last jumps (count, *S) in the units of the data, on the CPU, and the number of times that a chain was set back.
     """
+    prior = in_float32(prior) if count == 1 and generator.device.type == "cpu" else prior
     target = density(prior, chain, generator.device)
     state = start(prior, chain, target, count, generator)
     good, restarts, jumps = state.y, 0, torch.zeros(count, *prior.shape)

@@ -75,6 +75,7 @@ def sample(
     u: float = 1.0,
     step: Literal["sachs", "cheng", "overdamped"] = "sachs",
     noisy_start: bool = True,
+    warm_start: bool = False,
     keep: int = 1024,
     seed: int = 0,
     device: Device = "auto",
@@ -96,6 +97,7 @@ def sample(
         u: Inverse mass of a chain.
         step: Discretisation of a chain: sachs (Algorithm 1), cheng (Algorithm 2) or overdamped.
         noisy_start: Start a chain at U[0, 1] plus noise (Remark 4), or without the noise.
+        warm_start: Start a chain at a draw by accumulating measurements instead; where noise is small, one from elsewhere may never find the data.
         keep: Most jumps of a chain to keep; when there are more, every second is dropped.
         seed: Seed.
         device: Where to run.
@@ -116,7 +118,7 @@ def sample(
     at_least("--keep", keep, 2)
     if (steps or 10_000) < every:
         raise UsageError(f"--steps {steps} is less than --every {every}, which leaves no jump; lower --every")
-    walk = {"delta": delta, "gamma": gamma, "u": u, "step": step, "noisy_start": noisy_start}
+    walk = {"delta": delta, "gamma": gamma, "u": u, "step": step, "noisy_start": noisy_start, "warm_start": warm_start}
     chain_command(Path(run), Path(out), steps or 10_000, every, sigma, measurements, walk, keep, seed, device)
 
 

@@ -116,6 +116,8 @@ def chain_command(
     own = own_levels(prior)
     if own is not None and sigma is not None:
         raise UsageError(f"--sigma {sigma:g}: this prior was made for its own levels, {', '.join(f'{s:.4g}' for s in own[:8])}; leave --sigma out")
+    if own is not None and walk["warm_start"]:
+        raise UsageError("--warm_start true comes down from coarser levels, and this prior has its own only; leave it out")
     levels = own or (sigma or LEVEL * prior.scale.std,) * measurements
     chain = ChainWalk(levels, **{**walk, "delta": walk["delta"] or min(levels) / 2})
     tau = float(density(prior, chain, device).sigma.square().reciprocal().sum().rsqrt())

@@ -46,7 +46,7 @@ def build_model(
         levels: sigma_1..sigma_M in units of the data's std, for the channel view; None for the pooled one.
         metaencoder: Arguments of the metaencoder, {} for the defaults, or None for no metaencoder.
         spectral: Normalise the weights of all layers spectrally.
-        spread: Of the pooled MDAE.
+        spread: Of the pooled MDAE or MUVB.
 
     Raises:
         ValueError: for unknown kinds or a network that does not go with the kind.
@@ -58,7 +58,7 @@ def build_model(
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in net.items() if k != "kind"}
     scalar = None if metaencoder is None else build_metaencoder(seen, net["kind"], metaencoder)
     if kind == "muvb":
-        model: Denoiser = build_muvb(seen, net["kind"], scalar, sigma, **options)
+        model: Denoiser = build_muvb(seen, net["kind"], scalar, sigma, spread=spread, **options)
     else:
         backbone = build_backbone(shape if pooled else seen, net["kind"], pooled, options)
         inner = MDAE(backbone, spread=spread) if pooled else ChannelMDAE(backbone, sigma)
@@ -92,18 +92,26 @@ def build_metaencoder(seen: tuple[int, ...], kind: str, options: dict[str, Any])
 
 
 def build_muvb(
-    seen: tuple[int, ...], kind: str, metaencoder: nn.Module | None, levels: Tensor | None, latent: int = 2048, draws: int = 4, **options: Any
+    seen: tuple[int, ...],
+    kind: str,
+    metaencoder: nn.Module | None,
+    levels: Tensor | None,
+    latent: int = 2048,
+    draws: int = 4,
+    spread: float = 1.0,
+    **options: Any,
 ) -> MUVB:
     """Encoder and decoder of one kind around `latent` variables.
 
     Raises:
         ValueError: for another network than "resnet" and "mlp".
     """
+    make = lambda encoder, decoder: MUVB(encoder, decoder, latent, metaencoder, levels, draws, spread=spread)
     if kind == "mlp":
-        return MUVB(VectorEncoder(math.prod(seen), latent, **options), VectorDecoder(seen, latent, **options), latent, metaencoder, levels, draws)
+        return make(VectorEncoder(math.prod(seen), latent, **options), VectorDecoder(seen, latent, **options))
     if kind != "resnet" or not is_image_shape(seen[1:]):
         raise ValueError(f"network {kind!r} does not go with muvb on data of shape {seen[1:]}; choose resnet for images, else mlp")
-    return MUVB(ImageEncoder(seen, latent, **options), ImageDecoder(seen, latent, **options), latent, metaencoder, levels, draws)
+    return make(ImageEncoder(seen, latent, **options), ImageDecoder(seen, latent, **options))
 
 
 def is_image_shape(shape: tuple[int, ...]) -> bool:

@@ -7,7 +7,15 @@ The expectation is a mean over draws of eps. In training they are fresh for ever
 the same for all
 data: f is then a function of y, the score is its exact gradient, and xhat has a Jacobian; fresh draws would make every walk step on another energy.
 
-Without the metaencoder h and with M = 1 this is UVB (Saremi 2020). Views as in `mem`.
+Without the metaencoder h and with M = 1 this is UVB (Saremi 2020). Views as in `mem`; the channel view is the paper's.
+
+Pooled, one network has every level. A decoder that has to reproduce ybar to within tau would see its error over tau^2 in the energy, and an encoder
+whose q stays off N(0, I) where nothing was measured would add tau^2 times the slope of the KL to xhat. So x has spread about the decoder's output,
+x | z ~ N(nu(z), spread^2 I), and q moves off N(0, I) in proportion to what y says, w = 1/(1 + tau^2), as it does for a Gaussian x:
+
+    |ybar - nu|^2 / (2 (spread^2 + tau^2)),      q(z | y) = N(w^(1/2) mean(y), diag(std(y)^(2w))),
+
+and xhat = (spread^2 ybar + tau^2 nu) / (spread^2 + tau^2) where q does not depend on y: the preconditioning of the pooled MDAE (mdae).
 
 Source: Multimeasurement Generative Models (Saremi & Srivastava 2022), App. C.
 """
@@ -32,6 +40,7 @@ class MUVB(EnergyDenoiser):
         levels: As in `mem.EnergyDenoiser`.
         draws: Draws of eps in eval mode, even.
         seed: Seed of those draws.
+        spread: Std of x about the decoder's output, in units of the data's std; has no part in the channel view.
 
     >>> muvb = MUVB(VectorEncoder(3, 2), VectorDecoder((1, 3), 2), 2).eval()
     >>> muvb.xhat(torch.zeros(2, 4, 3), torch.ones(4)).shape
@@ -47,15 +56,21 @@ class MUVB(EnergyDenoiser):
         levels: Tensor | None = None,
         draws: int = 4,
         seed: int = 0,
+        spread: float = 1.0,
     ) -> None:
         super().__init__(levels)
+        self.spread = spread if self.pooled else 0.0
         self.encoder, self.decoder, self.metaencoder, self.latent = encoder, decoder, metaencoder, latent
         half = torch.randn(draws // 2, 1, latent, generator=torch.Generator().manual_seed(seed))
         self.register_buffer("eps", torch.cat([half, -half]))
 
     def posterior(self, y: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log std of q(z | y), (B, latent) each; the log std is held within +-5."""
-        mean, log_std = self.encoder(scaled(y, sigma), coordinate(y, sigma)).chunk(2, dim=1)
+        c = coordinate(y, sigma)
+        mean, log_std = self.encoder(scaled(y, sigma), c).chunk(2, dim=1)
+        if self.pooled:
+            w = -torch.expm1(-2 * c).flatten(1).mean(1, keepdim=True)
+            mean, log_std = w.sqrt() * mean, w * log_std
         return mean, 5 * torch.tanh(log_std / 5)
 
     def free_energy(self, y: Tensor, sigma: Tensor) -> Tensor:
@@ -68,7 +83,7 @@ class MUVB(EnergyDenoiser):
         levels = c if len(c) == 1 else repeat(c)
         nu = self.decoder(z.flatten(0, 1), levels)
         many, s = repeat(y), sigma if sigma.ndim <= 1 or len(sigma) == 1 else repeat(sigma)
-        terms = quadratic(many, nu, s) + meta(self.metaencoder, many, nu, s)
+        terms = quadratic(many, nu, torch.hypot(s, s.new_tensor(self.spread))) + meta(self.metaencoder, many, nu, s)
         return terms.reshape(K, len(y)).mean(0) + kl(mean, log_std)
 
 

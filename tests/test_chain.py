@@ -10,6 +10,7 @@ from emdiff.chain_figures import Autocorrelation, ChainFigures, Thinned, Windows
 from emdiff.classifier import WEIGHTS, digit_classifier
 from emdiff.denoise import Denoiser, GaussianDenoiser
 from emdiff.flow import flow
+from emdiff.mdae import MDAE
 from emdiff.models import build_model
 from emdiff.prior import Prior
 from emdiff.scale import Scale
@@ -72,6 +73,40 @@ def test_the_start_is_remark_4(noisy):
     y = SCALE.restore(state.y)
     assert float(y.mean()) == pytest.approx(0.5, abs=0.02) and float(y.var()) == pytest.approx(1 / 12 + noisy * 0.64, rel=0.03)
     assert not state.v.any()
+
+
+def test_a_warm_start_is_a_draw_of_the_m_density():
+    """Of N(0, 1) measured with tau: mean 0, variance 1 + tau^2 to the order of the walk, velocities N(0, u); collapsed for M = 4."""
+    chain = ChainWalk((0.8,) * 4, delta=0.1, u=2.0, warm_start=True)
+    prior = gaussian(1)
+    target = density(prior, chain, "cpu")
+    state = start(prior, chain, target, 40_000, torch.Generator().manual_seed(0))
+    tau = 0.4 / SCALE.std
+    assert float(target.sigma) == pytest.approx(tau) and state.y.shape == (40_000, 1, 1)
+    exact = 1 + tau**2
+    assert float(state.y.mean()) == pytest.approx(0, abs=0.03) and float(state.y.var()) == pytest.approx(exact, rel=0.03)
+    assert float(state.v.var()) == pytest.approx(target.u, rel=0.03)
+    torch.manual_seed(0)
+    model = build_model((2,), "mem", {"kind": "mlp", "width": 8, "blocks": 1}, [2.0]).eval()
+    fixed = Prior(model, SCALE, (2,), 0.5, {})
+    with pytest.raises(ValueError, match="no warm start"):
+        run_chain(fixed, ChainWalk(own_levels(fixed), delta=0.2, warm_start=True), 2, 1, torch.Generator())
+
+
+def test_one_chain_is_walked_in_float32_and_the_prior_is_left_as_it_was():
+    torch.manual_seed(0)
+    seen = []
+
+    class Backbone(torch.nn.Conv2d):
+        def forward(self, z, c):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().forward(z[:, None])[:, 0]
+
+    prior = Prior(MDAE(Backbone(1, 1, 1), bf16=True), SCALE, (4, 4), 0.01, {})
+    run_chain(prior, ChainWalk((1.0,), delta=0.2), 2, 1, torch.Generator().manual_seed(0))
+    assert not any(seen) and prior.denoiser.bf16
+    run_chain(prior, ChainWalk((1.0,), delta=0.2), 1, 1, torch.Generator().manual_seed(0), count=2)
+    assert seen[-1]
 
 
 class Explosive(Denoiser):

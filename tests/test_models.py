@@ -11,7 +11,7 @@ from emdiff.mdae import ChannelMDAE
 from emdiff.measurement import align, measure, pool
 from emdiff.mem import MEM
 from emdiff.models import build_model, fixed_levels
-from emdiff.muvb import kl
+from emdiff.muvb import MUVB, kl
 from observers import Identity
 
 LEVELS = [0.75, 1.25, 0.5]
@@ -98,6 +98,41 @@ def test_mem_of_a_gaussian_has_its_closed_form():
     y, tau2 = measured(5, (2,)), 1 / SIGMA.pow(-2).sum()
     K, ybar = torch.linalg.solve(S + tau2 * torch.eye(2, dtype=torch.float64), S), pool(y, SIGMA).ybar
     torch.testing.assert_close(MEM(inner).xhat(y, SIGMA), ybar @ (2 * K - K @ K), rtol=1e-8, atol=1e-10)
+
+
+class ExactEncoder(torch.nn.Module):
+    """q(z | y) of x = W z + s noise, W with orthogonal columns, as `MUVB.posterior` scales it: w^(1/2) mean, w log std, and log std by tanh."""
+
+    def __init__(self, W, s):
+        super().__init__()
+        self.W, self.s = W, s
+
+    def forward(self, z, c):
+        tau2 = 1 / torch.expm1(2 * c.flatten(1))
+        y, w, noise = z.flatten(1) * (1 + tau2).sqrt(), 1 / (1 + tau2), self.s**2 + tau2
+        variance = 1 / (1 + self.W.square().sum(0) / noise)
+        log_std = (5 * torch.atanh(variance.log() / 10) / w).expand(len(y), -1)
+        return torch.cat([variance * (y @ self.W) / noise / w.sqrt(), log_std], dim=1)
+
+
+class Loadings(torch.nn.Module):
+    def __init__(self, W):
+        super().__init__()
+        self.W = W
+
+    def forward(self, z, c):
+        return (z @ self.W.T)[:, None]
+
+
+@pytest.mark.parametrize("spread", [0.2, 0.6])
+def test_muvb_of_a_gaussian_has_its_closed_form(spread):
+    """With the true q, f is -log N(0, W W^T + (spread^2 + tau^2) I) + const, so xhat is the Bayes estimator, at every level, though eps are few."""
+    W = torch.tensor([[0.9, 0.3], [0.6, -0.45], [0.0, 0.5]], dtype=torch.float64)
+    model = MUVB(ExactEncoder(W, spread), Loadings(W), 2, spread=spread).double().eval()
+    exact = GaussianDenoiser(torch.zeros(3, dtype=torch.float64), W, torch.full((3,), spread**2, dtype=torch.float64))
+    for sigma in (SIGMA, 0.05 * SIGMA, 10 * SIGMA):
+        y = measured(4)
+        torch.testing.assert_close(model.xhat(y, sigma), exact.xhat(y, sigma), rtol=1e-9, atol=1e-10)
 
 
 def test_what_was_not_measured_moves_no_estimate():

@@ -157,3 +157,19 @@ def test_energies_learn_a_gaussian(kind, most):
     least = float((S - S @ torch.linalg.solve(S + tau2 * torch.eye(2, dtype=torch.float64), S)).trace())
     found = float((trained.denoiser.xhat(y, sigma) - truth[:20000]).square().sum(1).mean())
     assert least * 0.98 < found < most * least
+
+
+@pytest.mark.parametrize("kind", ["mdae", "mem", "muvb"])
+def test_pooled_parametrisations_learn_every_level_in_few_steps(kind):
+    """The error beyond the least risk, tr V, after 150 steps, from far below the data's std to far above it."""
+    x, generator = draw(4000)
+    torch.manual_seed(0)
+    model = build_model((2,), kind, {"kind": "mlp", "width": 64} | ({"latent": 16} if kind == "muvb" else {"blocks": 2}))
+    trained = train(model, ManyLevels(Data(x.float()), 0.05, 20.0), len(x), 150, 128, optimiser=Optimiser(rate=5e-3)).denoiser
+    truth, exact = draw(20_000)[0], GaussianDenoiser.from_covariance(torch.zeros(2, dtype=torch.float64), S)
+    for tau in (0.05, 0.1, 0.5, 2.0, 8.0):
+        sigma = torch.tensor([tau])
+        y = measure(truth, sigma.double(), generator)
+        best = exact.xhat(y, sigma.double())
+        excess = float((trained.xhat(y.float(), sigma) - best).square().sum(1).mean() / (best - truth).square().sum(1).mean())
+        assert excess < 0.1, (tau, excess)

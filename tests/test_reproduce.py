@@ -60,7 +60,9 @@ def test_chains_and_quality(folder, monkeypatch):
     assert {"1x1", "1x2", "1x4", "1x16"} <= reproduce(folder, monkeypatch, "fig7", *few).keys()
     found = reproduce(folder, monkeypatch, "more", *few)
     assert found["quarter_1x1"]["jumps"] == found["1x16"]["jumps"] == 4 and found["quarter_1x1"]["sigma"] == 0.25
-    assert reproduce(folder, monkeypatch, "lifelong", *few)["restarts"] == 0
+    found = reproduce(folder, monkeypatch, "lifelong", *few)
+    assert found["restarts"] == 0 and found["steps_per_second"] > 0
+    assert len(found["peak_mb_by_fifth"]) == 4 and sorted(found["peak_mb_by_fifth"]) == found["peak_mb_by_fifth"]
     assert {"pooled", "fixed"} <= reproduce(folder, monkeypatch, "muvb", *few, "--rival", folder / "fixed").keys()
     found = reproduce(folder, monkeypatch, "quality", *few, "--chain", folder / "out" / "lifelong.npz")
     assert found["test_digits"]["frechet"] < found["samples"]["frechet"] and found["chain"]["count"] == 4

@@ -46,7 +46,8 @@ def weights(path):
 def test_a_prior_trained_on_clean_data_serves_every_command(capsys):
     main(["train", "--data", "clean.npz", "--out", "t", "--walk.levels", "6", *SMALL])
     main(["sample", "--run", "t", "--count", "3", "--levels", "4", "--device", "cpu"])
-    main(["sample", "--run", "t", "--chain", "true", "--steps", "30", "--every", "3", "--keep", "4", "--out", "chain.npz", "--device", "cpu"])
+    main(["sample", "--run", "t", "--chain", "true", "--steps", "30", "--every", "3", "--keep", "4", "--warm_start", "true", "--out", "chain.npz",
+          "--device", "cpu"])  # fmt: skip
     main(["reconstruct", "--run", "t", "--observations", "obs.npz", "--samples", "2", "--device", "cpu"])
     main(["denoise", "--run", "t", "--observations", "obs.npz", "--flow", "true", "--steps", "3", "--device", "cpu"])
     short = ["--train.steps", "5", "--walk.levels", "4", "--wandb", "off", "--device", "cpu"]
@@ -126,6 +127,7 @@ def test_a_prior_of_fixed_levels_is_walked_and_refused_for_posteriors(capsys):
     ):
         assert "one set of levels" in refused(capsys, *command)
     assert "its own levels" in refused(capsys, "sample", "--run", "t", "--chain", "true", "--sigma", "1.0", "--steps", "100")
+    assert "coarser levels" in refused(capsys, "sample", "--run", "t", "--chain", "true", "--warm_start", "true", "--steps", "100")
 
 
 @pytest.mark.parametrize(
