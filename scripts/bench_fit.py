@@ -107,9 +107,9 @@ def clean_trained(folder: Path, truth: Tensor, scale: Scale, tau_last: float, st
     return load_prior(file)
 
 
-def fit(file: Path, out: Path, quick: bool) -> tuple[float, dict[int, float]]:
+def fit(file: Path, out: Path, quick: bool, iters: int) -> tuple[float, dict[int, float]]:
     """Run `emdiff fit`; returns its seconds in all, and at the end of each round."""
-    short = ["--iters", "2", "--train.steps", "20", "--train.start_steps", "40", "--walk.levels", "6"] if quick else []
+    short = ["--iters", "2", "--train.steps", "20", "--train.start_steps", "40", "--walk.levels", "6"] if quick else ["--iters", str(iters)]
     clock, ends = time.perf_counter(), {}
     process = subprocess.Popen(
         [sys.executable, "-m", "emdiff.cli", "fit", "--observations", str(file), "--out", str(out), "--wandb", "off", *short], stdout=sys.stderr
@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data/mnist.npz"))
     parser.add_argument("--folder", type=Path, default=None, help="runs/bench_fit, or runs/bench_fit_quick; a finished fit there is not timed again")
     parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--iters", type=int, default=4, help="of emdiff's fit")
     parser.add_argument("--cap", type=float, default=8.0, help="the peer's time, in times of emdiff's")
     parser.add_argument("--peer-first", type=int, default=1200)
     parser.add_argument("--peer-steps", type=int, default=400)
@@ -178,7 +179,7 @@ def main() -> None:
     if not file.is_file():
         command("observe", "--data", str(args.data), "--observer", "identity", "--noise-std", "0.5", "--count", str(args.count), "--out", str(file))
     if not times.is_file():
-        total, ends = fit(file, out, args.quick)
+        total, ends = fit(file, out, args.quick, args.iters)
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.write_text(json.dumps({"total": total, "ends": ends, "cpu": used.ru_utime + used.ru_stime, "load": os.getloadavg()}))
     spent = json.loads(times.read_text())
