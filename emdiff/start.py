@@ -154,8 +154,8 @@ def antithetic(batch: Recorrupted, z: Tensor) -> Recorrupted:
     """A batch of the observations z (B, *S), and the same with all w of the other sign, 2 B rows.
 
     >>> both = antithetic(recorrupt(torch.zeros(1, 2), torch.ones(1, 2)), torch.zeros(1, 2))
-    >>> both.y.sum(), both.target.sum(), len(both.weight)
-    (tensor(0.), tensor(0.), 2)
+    >>> torch.equal(both.y[0], -both.y[1]), torch.equal(both.target[0], -both.target[1]), len(both.weight)
+    (True, True, 2)
     """
     y = torch.where(batch.sigma.isinf(), 0.0, 2 * z[:, None] - batch.y)
     twice = lambda one, other: torch.cat([one, other])  # noqa: E731
