@@ -3,12 +3,14 @@
 train, sample and denoise are in cli_prior. Torch is imported when a command runs: --help is quick.
 """
 
+import errno
+import os
 import re
 import sys
 from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
-from typing import Literal, Optional, Union
+from typing import Literal, NoReturn, Optional, Union
 
 from jsonargparse import ArgumentParser, auto_parser, get_loader, set_loader
 from yaml import YAMLError
@@ -306,6 +308,10 @@ def spread(devices: int, device: str, arguments: list[str]) -> int:
     return launch(devices, [sys.executable, "-m", "emdiff.cli", *arguments])
 
 
+FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+"""What the system says of disks, files and quotas that are full."""
+
+
 def main(arguments: Optional[list[str]] = None) -> None:
     """Run a command; bad input ends with status 2 and one message."""
     arguments = [dashes(a) for a in (sys.argv[1:] if arguments is None else arguments)]
@@ -327,21 +333,30 @@ def main(arguments: Optional[list[str]] = None) -> None:
             sys.exit(spread(settings["devices"], settings["device"], arguments))
         COMMANDS[chosen.subcommand](**settings)
     except UsageError as error:
-        print(f"emdiff: {error}", file=sys.stderr)
-        sys.exit(2)
+        end(2, f"{error}")
     except FitFailed as error:
-        print(f"emdiff: {error}", file=sys.stderr)
-        sys.exit(3)
+        end(3, f"{error}")
     except Lost as error:
-        if str(error):
-            print(f"emdiff: {error}; the same command continues", file=sys.stderr)
-        sys.exit(LOST)
+        end(LOST, f"{error}; the same command continues" if str(error) else "")
     except Stopped as stop:
-        print(f"emdiff: stopped by {stop}; the same command continues where it was", file=sys.stderr)
-        sys.exit(stop.status)
+        end(stop.status, f"stopped by {stop}; the same command continues where it was")
     except KeyboardInterrupt:
-        print("emdiff: interrupted", file=sys.stderr)
-        sys.exit(130)
+        end(130, "interrupted")
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        end(2, f"{error}: a disk is full, or the one that standard output or error go to; the same command continues")
+
+
+def end(status: int, message: str) -> NoReturn:
+    """End with a status and a message, said if standard error can be written."""
+    try:
+        if message:
+            print(f"emdiff: {message}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # what they still hold cannot be written at exit either, and would make the status 120
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -396,3 +396,12 @@ def test_a_full_disk_in_any_write_is_said_and_survived(often, capsys, monkeypatc
     main([*FIT, "--iters", "1", "--out", "run"])
     assert results("run") == results("whole")
     assert np.load("run/round_001/samples.npy").shape == (200, 3)
+
+
+def test_a_full_disk_under_standard_error_ends_with_2_too(tmp_path: Path) -> None:
+    """The first progress bar cannot be written, and neither can the complaint."""
+    room = "import resource, signal, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); sys.stderr.write('x' * 99); sys.stderr.flush()"
+    run = f"{room}; from emdiff.cli import main; main(sys.argv[1:])"
+    with (tmp_path / "log").open("w") as log:
+        command = [sys.executable, "-c", run, "fit", "--observations", str(vectors(tmp_path / "obs.npz")), "--out", str(tmp_path / "run"), *SMALL]
+        assert subprocess.run(command, stdout=log, stderr=log).returncode == 2
