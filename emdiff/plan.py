@@ -192,10 +192,15 @@ def check_shares(plan: Plan, count: int, processes: int) -> None:
     Raises:
         UsageError: naming what is too little.
     """
-    shared = {"the number of observations": count, "--train.batch": plan.batch, "--train.refresh": plan.refresh or count}
-    for name, value in shared.items():
-        if value < processes:
-            raise UsageError(f"{name} is {value}, which {processes} processes cannot share; start at most {value}")
+    half = 2 if plan.start.kind == "self-supervised" else 1  # of its data the start has each twice in a batch
+    shared = {
+        "the number of observations": (count, count),
+        "--train.batch": (plan.batch, max(1, plan.batch // half)),
+        "--train.refresh": (plan.refresh or count, plan.refresh or count),
+    }
+    for name, (value, most) in shared.items():
+        if most < processes:
+            raise UsageError(f"{name} is {value}, which {processes} processes cannot share; start at most {most}")
 
 
 def resolved_config(config: Config, plan: Plan) -> Config:

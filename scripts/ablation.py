@@ -32,13 +32,17 @@ from emdiff.mdae import MDAE
 from emdiff.metrics import residual_chi2
 from emdiff.observations import Observations
 from emdiff.pairs import PairLoss, drawn, over_relaxed
+from emdiff.plan import default_train_batch
 from emdiff.prior import build_network, choose_network, set_precision
 from emdiff.rounds import SPREAD
 from emdiff.scale import Scale, estimate_scale
-from emdiff.start import first_samples, hidden_variance, recorrupt, self_supervised_loss
+from emdiff.start import antithetic, first_samples, hidden_variance, recorrupt, self_supervised_loss
 from emdiff.streams import stream, stream_seed
 from emdiff.training import Optimiser, train
 from observers import Identity, Mask
+
+BATCH = default_train_batch("cpu", "unet")
+"""Data per step; the start has half of them with both signs."""
 
 HELD = 50_000
 """First training digit that no fit sees."""
@@ -64,11 +68,11 @@ class Variant(NamedTuple):
     """
 
     start: str = "self-supervised"
-    anneal: bool = False
+    anneal: bool = True
     deviate: bool = True
     turn: float = 1.0
     keep: bool = True
-    steps: int = 400
+    steps: int = 1600
     relax: str = "auto"
     anchor: float = 0.0
     levels: int = 32
@@ -77,17 +81,17 @@ class Variant(NamedTuple):
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
-    "annealed start": {"anneal": True},
+    "constant rate": {"anneal": False},  # in the start
     "estimates": {"deviate": False},
     "gaussian": {"start": "gaussian"},
     "turns": {"turn": 0.25},
-    "short": {"turn": 0.25, "steps": 200, "iters": 10},
-    "shorter": {"turn": 0.1, "steps": 80, "iters": 20},
-    "no memory": {"turn": 0.25, "steps": 200, "iters": 10, "keep": False},
-    "anchor": {"turn": 0.25, "steps": 200, "iters": 10, "anchor": 0.5},
-    "exact": {"turn": 0.25, "steps": 200, "iters": 10, "relax": "never"},
-    "relax twice": {"turn": 0.25, "steps": 200, "iters": 10, "relax": "two"},
-    "16 levels": {"turn": 0.25, "steps": 200, "iters": 10, "levels": 16},
+    "short": {"turn": 0.25, "steps": 800, "iters": 10},
+    "shorter": {"turn": 0.1, "steps": 320, "iters": 20},
+    "no memory": {"turn": 0.25, "steps": 800, "iters": 10, "keep": False},
+    "anchor": {"turn": 0.25, "steps": 800, "iters": 10, "anchor": 0.5},
+    "exact": {"turn": 0.25, "steps": 800, "iters": 10, "relax": "never"},
+    "relax twice": {"turn": 0.25, "steps": 800, "iters": 10, "relax": "two"},
+    "16 levels": {"turn": 0.25, "steps": 800, "iters": 10, "levels": 16},
 }
 """By name, what differs from Variant's defaults."""
 
@@ -155,10 +159,10 @@ class Setting:
         """Train on recorrupted observations, a tenth held out."""
         z, sigma = self.data.observer.as_measurement(self.data.obs)
         sigma = sigma.expand(z.shape)
-        loss = lambda d, i, g: self_supervised_loss(d, recorrupt(z[i], sigma[i], g))  # noqa: E731
+        loss = lambda d, i, g: self_supervised_loss(d, antithetic(recorrupt(z[i], sigma[i], g), z[i]))  # noqa: E731
         count, seed = len(z), stream_seed(0, "self-supervised")
         how = Optimiser(rate=2e-3, anneal=anneal)
-        return train(denoiser, loss, count, self.args.start_steps, seed=seed, held_out=count // 10, optimiser=how).denoiser
+        return train(denoiser, loss, count, self.args.start_steps, BATCH // 2, seed=seed, held_out=count // 10, optimiser=how).denoiser
 
     def judge_start(self, x: Tensor) -> dict[str, float]:
         """Figures of first samples."""
@@ -205,7 +209,7 @@ class Setting:
             ends = y + lacking * torch.randn(y.shape, generator=stream(0, "ends", k))
             pairs: Any = PairLoss(Draws(ends[last], x[last], Walk().tau_last), Walk().tau_last, self.maps)
             loss = Anchored(pairs, self.data, v.anchor) if v.anchor else pairs
-            denoiser = train(denoiser, loss, len(last), first if k == 1 else steps, rate=2e-3, seed=stream_seed(0, "m-step", k)).denoiser
+            denoiser = train(denoiser, loss, len(last), first if k == 1 else steps, BATCH, 2e-3, stream_seed(0, "m-step", k)).denoiser
             clock += time.perf_counter() - begin
             yield {"iteration": k, "seconds": clock, "relaxed": bool(relax), **self.judge(denoiser)}
 
@@ -226,7 +230,7 @@ def main() -> None:
     parser.add_argument("--observer", choices=["identity", "mask"], default="identity")
     parser.add_argument("--count", type=int, default=3000)
     parser.add_argument("--judged", type=int, default=200)
-    parser.add_argument("--start-steps", type=int, default=1200)
+    parser.add_argument("--start-steps", type=int, default=4000)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()

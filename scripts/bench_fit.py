@@ -42,6 +42,7 @@ from emdiff.gaussian import fit_gaussian
 from emdiff.metrics import residual_chi2
 from emdiff.observations import Observations, read_observations, read_truth
 from emdiff.pairs import PairLoss
+from emdiff.plan import default_train_batch
 from emdiff.posterior import run_walk
 from emdiff.prior import Prior, build_network, choose_network, load_prior, save_prior, set_precision
 from emdiff.scale import Scale, estimate_scale
@@ -139,7 +140,8 @@ def peer(data: Observations, limit: float, first: int, steps: int, batch: int = 
                 return
         samples = torch.cat(x)
         loss = PairLoss(Draws(samples, samples, 0.0), PEER_LAST)
-        network = train(network, loss, len(data), first if k == 1 else steps, rate=2e-3, seed=stream_seed(0, "peer m-step", k)).denoiser
+        seed, length = stream_seed(0, "peer m-step", k), first if k == 1 else steps
+        network = train(network, loss, len(data), length, default_train_batch("cpu", "unet"), 2e-3, seed).denoiser
         prior = network
         paused = time.perf_counter()
         yield k, paused - clock - off, prior
@@ -166,8 +168,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--iters", type=int, default=4, help="of emdiff's fit")
     parser.add_argument("--cap", type=float, default=8.0, help="the peer's time, in times of emdiff's")
-    parser.add_argument("--peer-first", type=int, default=1200)
-    parser.add_argument("--peer-steps", type=int, default=400)
+    parser.add_argument("--peer-first", type=int, default=4800)
+    parser.add_argument("--peer-steps", type=int, default=1600)
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     if args.quick:

@@ -297,5 +297,9 @@ def test_less_work_than_processes_is_refused() -> None:
     check_shares(plan, 5, 4)
     with pytest.raises(UsageError, match="--train.batch is 4, which 5"):
         check_shares(plan, 5, 5)
+    halved = plan._replace(start=Choice("self-supervised", ""))  # a batch of 4 holds 2 observations twice
+    check_shares(halved, 5, 2)
+    with pytest.raises(UsageError, match="--train.batch is 4, which 3 processes cannot share; start at most 2"):
+        check_shares(halved, 5, 3)
     with pytest.raises(UsageError, match="observations is 3, which 4"):
         check_shares(plan, 3, 4)
