@@ -155,7 +155,11 @@ def default_train_batch(device: str, network: str) -> int:
 
 def default_steps(count: int, device: str, network: str, batch: int) -> int:
     """Steps of an M-step: about 20 passes over the data (10 over those whose turn it is), at least 25,600 data, at most 512,000 on a GPU, and on a
-    CPU 51,200, or 256,000 for an MLP."""
+    CPU 51,200, or 256,000 for an MLP.
+
+    >>> default_steps(1000, "cpu", "unet", 32), default_steps(60_000, "cpu", "unet", 32), default_steps(60_000, "cuda", "unet", 128)
+    (800, 1600, 4000)
+    """
     return round(min(max(25_600, 20 * count), 512_000 if device == "cuda" else 256_000 if network == "mlp" else 51_200) / batch)
 
 

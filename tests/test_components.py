@@ -14,8 +14,8 @@ from exact_gaussian import Moments, log_likelihood, maximum_likelihood, problem 
 from exact_mixtures import as_projection, noise, points  # noqa: E402
 
 from emdiff.cli import main  # noqa: E402
-from emdiff.components import average, choose, fit_mixture, least_variance, scattered, work  # noqa: E402
-from emdiff.deconvolution import Mixture, Whitened, expect, whitened  # noqa: E402
+from emdiff.components import STEPS, average, choose, fit_mixture, least_variance, scattered, work  # noqa: E402
+from emdiff.deconvolution import Mixture, Whitened, expect, fit, whitened  # noqa: E402
 from emdiff.observations import Observations, write_observations  # noqa: E402
 from emdiff.prior import load_prior, sample_prior  # noqa: E402
 from emdiff.start import choose_start, is_vector  # noqa: E402
@@ -51,6 +51,18 @@ def test_clouds_get_several_and_the_average_is_better_than_its_members_on_observ
     assert held_out(start.denoiser.model()) > held_out(best) - 0.005
     again = fit_mixture(data, generator())
     assert torch.equal(again.denoiser.means, start.denoiser.means) and torch.equal(again.denoiser.weights, start.denoiser.weights)
+
+
+def test_every_fifth_is_held_out_once() -> None:
+    """The held-out value of one Gaussian is the mean over five fits, each to the four fifths that it is not judged on."""
+    data = whitened(clouds(100))
+    _, found = choose(data, 1e-4)
+    one = Mixture(torch.ones(1).double(), torch.zeros(1, 2).double(), torch.eye(2).double()[None])
+    values = []
+    for fifth in torch.arange(100).split(20):
+        rest = torch.tensor([i for i in range(100) if i not in fifth])
+        values.append(expect(fit(one, data.rows(rest), 1e-4, STEPS).mixture, data.rows(fifth)).log_likelihood)
+    assert found[1] == pytest.approx(float(torch.cat(values).mean()), abs=1e-6)
 
 
 def test_an_average_has_the_mean_density() -> None:
