@@ -3,6 +3,7 @@ r"""Self-supervised starts: recorrupted observations are as good as clean target
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ import torch
 from exact import SIGMA, UnitNoise, covariance, dense, noise_variance, normal, observer, posterior, uniform
 from torch import Tensor
 
+from emdiff.cli import main
 from emdiff.denoise import GaussianDenoiser
-from emdiff.observations import Observations
+from emdiff.observations import Observations, write_observations
 from emdiff.start import antithetic, choose_start, first_samples, hidden_variance, recorrupt, self_supervised_loss
+from emdiff.training import train
 from observers import Identity, Mask, Observer, Projection
 
 S, d = (2, 3), 6
@@ -234,3 +237,25 @@ def first_posterior(prior: GaussianDenoiser, name: str) -> tuple[Tensor, np.ndar
     A, R = dense(one, 1)[0].numpy(), torch.diag(noise_variance(one, 1)[0]).numpy()
     mean, V, _ = posterior(prior.mean.flatten().numpy(), prior.covariance().numpy(), A, R, obs.flatten().numpy())
     return obs, mean, V, one
+
+
+def test_the_start_of_a_fit_has_both_signs_in_each_batch_and_a_rate_that_ends_at_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, rates = [], []
+
+    def loss(denoiser, batch):
+        one, other = batch.y.chunk(2)
+        seen.append(len(batch.y) == 8 and torch.equal(*batch.sigma.chunk(2)) and not torch.equal(one, other))
+        return self_supervised_loss(denoiser, batch)
+
+    def trained(*arguments, **more):
+        rates.append(arguments[-1])
+        return train(*arguments, **more)
+
+    monkeypatch.setattr("emdiff.firsts.self_supervised_loss", loss)
+    monkeypatch.setattr("emdiff.firsts.train", trained)
+    x = 1 + normal(100, 3).float()
+    write_observations(tmp_path / "obs.npz", Observations(x, Identity((3,), torch.tensor(0.5))))
+    short = ["--train.steps", "2", "--train.start-steps", "4", "--train.batch", "8", "--walk.levels", "3", "--wandb", "off", "--device", "cpu"]
+    start = ["--start", "self-supervised", "--iters", "1"]
+    main(["fit", "--observations", str(tmp_path / "obs.npz"), "--out", str(tmp_path / "run"), *start, *short])
+    assert len(seen) == 4 and all(seen) and rates[0].anneal
