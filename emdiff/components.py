@@ -1,4 +1,4 @@
-r"""The mixture start: how many Gaussians the observations can tell apart, and an average of fits that leaves no single local optimum to trust.
+r"""The mixture start: how many Gaussians the observations can tell apart, and an average of fits that trusts no single number and no local optimum.
 
 From one Gaussian on, components are doubled by splitting and fitted again (deconvolution), on four fifths of the observations; the likelihood of the
 last fifth, in closed form, says where to stop. Where that is soon done it is done for each of five fifths: one fifth of some thousand observations
@@ -6,11 +6,14 @@ does not tell 8 Gaussians from 16. One Gaussian is kept unless more of them are 
 fitted to all observations until the likelihood stands still: the maximum-likelihood estimate. (Where x has many entries and operators differ from
 datum to datum, a budget of work ends the fits before that.)
 
-Several Gaussians are fitted up to MEMBERS times to all observations from starts of their own and averaged. A mixture of mixtures is a mixture; by
-Jensen's inequality its log-likelihood is at least the members' mean, on observations that no fit has seen too. Fits end after STEPS or MEMBER_STEPS
-E-steps: on data whose truth is no mixture, further ones fit the noise (docs/exact.md).
+Where several Gaussians are better, how many is seldom certain, and a wrong choice costs as much as an average of fits gains. So none is made: the
+densities p_J that were fitted with J Gaussians are mixed with the shares s_J that maximise the held-out likelihood, sum_i log sum_J s_J p_J(obs_i)
+(stacking), a concave problem solved by EM. Up to MEMBERS fits to all observations from starts of their own, as many of each J as its share says, are
+averaged. A mixture of mixtures is a mixture; by Jensen's inequality its log-likelihood is at least the members' mean, on observations that no fit
+has seen too. Fits end after STEPS or MEMBER_STEPS E-steps: on data whose truth is no mixture, further ones fit the noise (docs/exact.md).
 
-Sources: Extreme deconvolution (Bovy, Hogg & Roweis 2011); Bagging predictors (Breiman 1996) for the average.
+Sources: Extreme deconvolution (Bovy, Hogg & Roweis 2011); Linearly combining density estimators via stacking (Smyth & Wolpert 1999); Bagging
+predictors (Breiman 1996) for the average.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from emdiff.deconvolution import Mixture, Whitened, expect, fit, split, whitened
 from emdiff.mixture import MixtureDenoiser
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from emdiff.data import Data
 
 MOST = 16384
@@ -38,6 +43,9 @@ AVERAGED = 192
 
 MEMBERS = 12
 """Most fits that are averaged."""
+
+STACKING = 500
+"""EM iterations for the shares of numbers of components."""
 
 STEPS = 40
 """E-steps of a fit with several components that stands alone."""
@@ -54,17 +62,38 @@ class Start(NamedTuple):
 
     Attributes:
         denoiser: Its exact denoiser, float32.
-        components: Of each member.
-        members: Fits averaged.
+        members: Fits that it averages, by their number of components.
         held_out: Mean log-likelihood of held-out observations by number of components, as far as they were doubled.
         iterations: E-steps of the last fit.
     """
 
     denoiser: MixtureDenoiser
-    components: int
-    members: int
+    members: dict[int, int]
     held_out: dict[int, float]
     iterations: int
+
+
+class Candidates(NamedTuple):
+    """Fits with 1, 2, 4, ... components to four fifths of the observations.
+
+    Attributes:
+        models: By number of components.
+        held_out: log-likelihood of each observation that a fit has not seen (n,), by number of components.
+        best: Number of components of the best; 1 unless more are better by a standard error.
+    """
+
+    models: dict[int, Mixture]
+    held_out: dict[int, Tensor]
+    best: int
+
+    def shares(self) -> dict[int, float]:
+        """Shares of 2, 4, ... components, of sum 1, that maximise the held-out likelihood of the fits' weighted average."""
+        several = [J for J in self.held_out if J > 1]
+        log_p = torch.stack([self.held_out[J] for J in several], 1)
+        share = torch.full_like(log_p[0], 1 / len(several))
+        for _ in range(STACKING):
+            share = torch.softmax(log_p + share.log(), 1).mean(0)
+        return dict(zip(several, share.tolist()))
 
 
 def fit_mixture(data: Data, generator: torch.Generator, progress: Callable[[int], None] = lambda done: None) -> Start:
@@ -81,50 +110,69 @@ def fit_mixture(data: Data, generator: torch.Generator, progress: Callable[[int]
     order = torch.randperm(len(data), generator=generator)[:MOST]
     seen = whitened(data.rows(order))
     floor = least_variance(seen)
-    best, held_out = choose(seen, floor, progress)
-    J = len(best.weights)
+    found = candidates(seen, floor, progress)
+    J, held_out = found.best, {J: float(value.mean()) for J, value in found.held_out.items()}
     if J == 1:
-        done = fit(best, seen, floor, steps(seen, 1, 3 * WORK, 300), 1e-10)
-        return Start(denoiser(done.mixture), 1, 1, held_out, done.iterations)
-    members = max(1, min(MEMBERS, AVERAGED // J, int(WORK / (MEMBER_STEPS * work(seen, J)))))
-    if members == 1:
-        done = fit(best, seen, floor, STEPS)
-        return Start(denoiser(done.mixture), J, 1, held_out, done.iterations)
+        done = fit(found.models[1], seen, floor, steps(seen, 1, 3 * WORK, 300), 1e-10)
+        return Start(denoiser(done.mixture), {1: 1}, held_out, done.iterations)
+    members = share_out(found.shares(), J, lambda J: MEMBER_STEPS * work(seen, J))
+    if members == {J: 1}:
+        done = fit(found.models[J], seen, floor, STEPS)
+        return Start(denoiser(done.mixture), members, held_out, done.iterations)
     fits = []
-    for _ in range(members):
-        fits.append(fit(scattered(best, seen, generator), seen, floor, MEMBER_STEPS))
-        progress(STAGES - MEMBERS + len(fits))
-    return Start(denoiser(average([f.mixture for f in fits])), J, members, held_out, fits[-1].iterations)
+    for J, count in members.items():
+        for _ in range(count):
+            fits.append(fit(scattered(found.models[J], seen, generator), seen, floor, MEMBER_STEPS))
+            progress(STAGES - MEMBERS + len(fits))
+    return Start(denoiser(average([f.mixture for f in fits])), members, held_out, fits[-1].iterations)
 
 
 STAGES = round(math.log2(COMPONENTS)) + 1 + MEMBERS
 """Fits that `fit_mixture` makes at most, as its progress counts them."""
 
 
-def choose(data: Whitened, floor: float, progress: Callable[[int], None] = lambda done: None) -> tuple[Mixture, dict[int, float]]:
-    """The mixture whose number of components, a power of 2, is best on held-out fifths, fitted to the others; held-out values by number."""
+def share_out(shares: dict[int, float], best: int, cost: Callable[[int], float]) -> dict[int, int]:
+    """How many fits of each number of components to average: as many as MEMBERS, AVERAGED and WORK allow, in these shares (largest remainders).
+
+    Args:
+        shares: By number of components, of sum 1.
+        best: Number of components of the only fit, where there is to be one.
+        cost: Multiplications of a fit with some number of components.
+
+    >>> share_out({8: 0.3, 16: 0.5, 32: 0.2}, 16, lambda J: J * 1e6)
+    {8: 4, 16: 6, 32: 2}
+    """
+    for total in range(MEMBERS, 1, -1):
+        members = {J: math.floor(total * share) for J, share in shares.items()}
+        rest = sorted(shares, key=lambda J: members[J] - total * shares[J])[: total - sum(members.values())]
+        members = {J: count + (J in rest) for J, count in members.items() if count + (J in rest)}
+        if sum(J * count for J, count in members.items()) <= AVERAGED and sum(cost(J) * count for J, count in members.items()) <= WORK:
+            return members
+    return {best: 1}
+
+
+def candidates(data: Whitened, floor: float, progress: Callable[[int], None] = lambda done: None) -> Candidates:
+    """Fit one component, and twice as many as before until held-out fifths say that they are too many, or work or data do."""
     N, d = len(data.obs), data.A.shape[-1]
     cut, most = N - max(1, N // 5), 5 if 5 * STEPS * work(data, COMPONENTS) < WORK / 2 else 1
     turned = [torch.arange(N).roll(i * (N - cut)) for i in range(most)]
     folds = [(data.rows(order[:cut]), data.rows(order[cut:])) for order in turned]
     like = {"dtype": data.obs.dtype, "device": data.obs.device}
     models = [Mixture(torch.ones(1, **like), torch.zeros(1, d, **like), torch.eye(d, **like)[None])] * most
-    best = one = None
-    found: dict[int, float] = {}
+    found = Candidates({}, {}, 1)
     while True:
         few = steps(folds[0][0], len(models[0].weights), WORK, STEPS)
         models = [fit(model, seen, floor, few).mixture for model, (seen, _) in zip(models, folds)]
         J, value = len(models[0].weights), torch.cat([expect(model, other).log_likelihood for model, (_, other) in zip(models, folds)])
-        found[J] = float(value.mean())
-        progress(len(found))
-        one = value if one is None else one
-        gain = value - one
-        if best is None or (found[J] > found[len(best.weights)] and bool(gain.mean() > gain.std() / len(gain) ** 0.5)):
-            best = models[0]
-        elif found[J] < found[max(J // 2, 1)]:
-            return best, found
+        found.models[J], found.held_out[J] = models[0], value
+        progress(len(found.models))
+        gain = value - found.held_out[1]
+        if value.mean() > found.held_out[found.best].mean() and gain.mean() > gain.std() / len(gain) ** 0.5:
+            found = found._replace(best=J)
+        elif value.mean() < found.held_out[max(J // 2, 1)].mean():
+            return found
         if 2 * J > COMPONENTS or STEPS * work(data, 2 * J) > WORK or cut < 20 * J * d:
-            return best, found
+            return found
         models = [split(model, floor) for model in models]
 
 

@@ -89,8 +89,9 @@ def start_from_mixture(
     draw, bar = stream(team.seed(plan.seed), "first samples", device=plan.device), listener.phase("start: first samples", len(own))
     draws = e_step(denoiser, own, None, plan.walk, draw, progress=bar, store=lambda name, shape: run.scratch(0, team.mark(name), shape))
     x = run.whole(0, "sample", draws.sample, team)
-    held_out = {str(j): value for j, value in found.held_out.items()}
-    metrics = {"start": "mixture", "components": found.components, "members": found.members, "components_held_out": held_out}
+    by_number = lambda values: {str(J): value for J, value in values.items()}
+    metrics = {"start": "mixture", "components": len(found.denoiser.weights)}
+    metrics |= {"members": by_number(found.members), "components_held_out": by_number(found.held_out)}
     metrics["bound"] = 2 * max(float(x[part].abs().max()) for part in row_spans(x))
     return x, Prior(denoiser, scale, data.shape, plan.walk.tau_last, network), metrics
 

@@ -7,6 +7,8 @@ files is escaped by the template; the policy names script and style by their has
 from __future__ import annotations
 
 import base64
+import functools
+import gc
 import hashlib
 from datetime import datetime, timezone
 from pathlib import Path
@@ -113,14 +115,22 @@ def page_of(run: Path, rounds: Rounds) -> dict[str, Any]:
 
 def render(page: dict[str, Any]) -> str:
     """The page as HTML; every value is escaped."""
+    script, style = (_templates().loader.get_source(_templates(), f"report.{kind}")[0] for kind in ("js", "css"))
+    policy = f"default-src 'none'; img-src data:; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
+    text = _templates().get_template("report.html").render(page, script=Markup(script), style=Markup(style), policy=policy)
+    gc.collect()  # the template's macros and their context refer to each other and hold all pictures, 12 MB; in a long fit ten pages of them
+    return text
+
+
+@functools.cache
+def _templates() -> jinja2.Environment:
+    """The templates, compiled once for all pages of a process."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("emdiff", "templates"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": lambda v: number(v) if is_number(v) else str(v), "duration": duration}
     environment.globals |= {"meaning": meaning, "is_number": is_number, "levels": LEVELS}
-    script, style = (environment.loader.get_source(environment, f"report.{kind}")[0] for kind in ("js", "css"))
-    policy = f"default-src 'none'; img-src data:; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
-    return environment.get_template("report.html").render(page, script=Markup(script), style=Markup(style), policy=policy)
+    return environment
 
 
 def history(rounds: Rounds) -> tuple[list[Chart], list[Chart], dict[str, float]]:

@@ -15,6 +15,7 @@ exact transport cost W2^2 (1,000 points) to true points, means over PAIRS pairs 
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,7 @@ def compare(name: str, folder: Path, seed: int, quick: bool, components: tuple[i
     log_p = {"emdiff": by_samples(taken, held) if ours is None else expect(ours, held).log_likelihood, "xd": expect(xd, held).log_likelihood}
     gain = log_p["emdiff"] - log_p["xd"]
     figures: dict[str, Any] = {"truth": name, "count": count, "iters": iters, "xd_components": len(xd.weights), "emdiff_departs": int(ours is None)}
+    figures["emdiff_members"] = json.loads((out / "start" / "metrics.json").read_text())["members"]
     figures |= {f"{who}_held_out": float(value.mean()) for who, value in log_p.items()}
     figures |= {"gain": float(gain.mean()), "gain_error": float(gain.std() / len(gain) ** 0.5)}
     for who, sample in sets.items():

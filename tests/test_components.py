@@ -14,7 +14,7 @@ from exact_gaussian import Moments, log_likelihood, maximum_likelihood, problem 
 from exact_mixtures import as_projection, noise, points  # noqa: E402
 
 from emdiff.cli import main  # noqa: E402
-from emdiff.components import STEPS, average, choose, fit_mixture, least_variance, scattered, work  # noqa: E402
+from emdiff.components import AVERAGED, MEMBERS, STEPS, WORK, Candidates, average, candidates, fit_mixture, least_variance, scattered, share_out, work  # noqa: E402
 from emdiff.deconvolution import Mixture, Whitened, expect, fit, whitened  # noqa: E402
 from emdiff.observations import Observations, write_observations  # noqa: E402
 from emdiff.prior import load_prior, sample_prior  # noqa: E402
@@ -36,7 +36,7 @@ def clouds(count: int, seed: int = 0) -> Observations:
 def test_gaussian_data_get_one_gaussian_and_it_is_the_maximum_likelihood_estimate(seed: int) -> None:
     data, _, truth = problem(1500, seed, torch.float64)
     start = fit_mixture(data, generator())
-    assert start.components == start.members == 1 and 1 in start.held_out
+    assert start.members == {1: 1} and 1 in start.held_out
     best = log_likelihood(data, maximum_likelihood(data))
     found = Moments(start.denoiser.means[0].double(), start.denoiser.covs[0].double())
     assert -1e-6 < (best - log_likelihood(data, found)) / (best - log_likelihood(data, truth)) < 0.01
@@ -45,10 +45,10 @@ def test_gaussian_data_get_one_gaussian_and_it_is_the_maximum_likelihood_estimat
 def test_clouds_get_several_and_the_average_is_better_than_its_members_on_observations_that_no_fit_has_seen() -> None:
     data, other = clouds(1500), whitened(clouds(1500, seed=1))
     start = fit_mixture(data, generator())
-    assert start.components >= 4 and start.members > 1
+    assert max(start.members) >= 4 and sum(start.members.values()) > 1
     held_out = lambda model: float(expect(model, other).log_likelihood.mean())  # noqa: E731
-    best, _ = choose(whitened(data), 1e-4)
-    assert held_out(start.denoiser.model()) > held_out(best) - 0.005
+    found = candidates(whitened(data), 1e-4)
+    assert held_out(start.denoiser.model()) > held_out(found.models[found.best]) - 0.005
     again = fit_mixture(data, generator())
     assert torch.equal(again.denoiser.means, start.denoiser.means) and torch.equal(again.denoiser.weights, start.denoiser.weights)
 
@@ -56,13 +56,32 @@ def test_clouds_get_several_and_the_average_is_better_than_its_members_on_observ
 def test_every_fifth_is_held_out_once() -> None:
     """The held-out value of one Gaussian is the mean over five fits, each to the four fifths that it is not judged on."""
     data = whitened(clouds(100))
-    _, found = choose(data, 1e-4)
+    found = candidates(data, 1e-4)
     one = Mixture(torch.ones(1).double(), torch.zeros(1, 2).double(), torch.eye(2).double()[None])
     values = []
     for fifth in torch.arange(100).split(20):
         rest = torch.tensor([i for i in range(100) if i not in fifth])
         values.append(expect(fit(one, data.rows(rest), 1e-4, STEPS).mixture, data.rows(fifth)).log_likelihood)
-    assert found[1] == pytest.approx(float(torch.cat(values).mean()), abs=1e-6)
+    torch.testing.assert_close(found.held_out[1].sort().values, torch.cat(values).sort().values)
+
+
+def test_shares_maximise_the_held_out_likelihood_of_the_average() -> None:
+    """At the maximum of sum_i log sum_J s_J p_J(i) the mean over i of p_J / sum s p is 1 where s_J > 0, and at most 1 elsewhere."""
+    p = torch.rand(200, 3, generator=generator(), dtype=torch.float64) + torch.tensor([0.2, 0.2, 0.0])
+    shares = Candidates({}, {1: p[:, 0], **{2**j: p[:, j - 1].log() for j in (1, 2, 3)}}, 4).shares()
+    assert set(shares) == {2, 4, 8} and sum(shares.values()) == pytest.approx(1)
+    s = torch.tensor(list(shares.values()), dtype=torch.float64)
+    slope = (p / (p @ s)[:, None]).mean(0)
+    assert float(s[2]) < 1e-6 < 0.1 < float(s[:2].min()) and slope[2] < 1 and torch.allclose(slope[:2], torch.ones(2).double(), atol=1e-4)
+
+
+def test_fits_are_shared_out_within_their_limits() -> None:
+    free = lambda J: 0.0  # noqa: E731
+    assert share_out({2: 0.5, 4: 0.5}, 2, free) == {2: MEMBERS / 2, 4: MEMBERS / 2}
+    assert share_out({2: 0.97, 4: 0.03}, 2, free) == {2: MEMBERS}
+    large = share_out({32: 0.5, 64: 0.5}, 32, free)
+    assert AVERAGED / 2 < sum(J * count for J, count in large.items()) <= AVERAGED
+    assert share_out({8: 1.0}, 8, lambda J: WORK / 3) == {8: 3} and share_out({4: 0.4, 8: 0.6}, 8, lambda J: WORK) == {8: 1}
 
 
 def test_an_average_has_the_mean_density() -> None:
@@ -111,6 +130,6 @@ def test_a_fit_of_a_gaussian_ends_with_its_maximum_likelihood_prior(tmp_path: Pa
     small = ["--train.steps", "60", "--train.start-steps", "60", "--wandb", "off", "--device", "cpu", "--iters", "2"]
     main(["fit", "--observations", str(tmp_path / "obs.npz"), "--out", str(tmp_path / "run"), *small])
     start, *rounds = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert start["start"] == "mixture" and start["components"] == 1
+    assert start["start"] == "mixture" and start["components"] == 1 and start["members"] == {"1": 1}
     for row in rounds:
         assert max(row["departure_kept"]) < 0.3 and abs(row["chi2"] - 1) < 0.06

@@ -1,10 +1,12 @@
 """The report as a reader meets it: a real Chromium opens pages of real runs, moves the slider, and listens for what leaves the page."""
 
 import base64
+import gc
 import json
 import shutil
 import socket
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from emdiff.cli import main
 from emdiff.evidence import PER_BLOCK, rank_chart, reconstructions, residuals
 from emdiff.figures import save_samples
 from emdiff.meanings import meaning
-from emdiff.report import gallery_frames, page_of, write_report
+from emdiff.report import gallery_frames, page_of, render, write_report
 from emdiff.runs import round_metrics
 from emdiff.strips import RESIDUAL, palette
 
@@ -275,6 +277,24 @@ def test_pages_of_an_unfinished_run_grow(vectors, tmp_path):
     start = write_report(run).read_text()
     assert "the start only" in start and "1 iteration," in whole and 'max="0"' in start and 'max="1"' in whole
     assert not list(run.glob("*.tmp"))
+
+
+def test_pages_of_a_long_fit_do_not_pile_up(images):
+    """Nothing keeps a page alive once it is written, though the cycles of a template are only found by the garbage collector."""
+
+    class Text(str):
+        pass
+
+    page = page_of(images, round_metrics(images))
+    page["config"] = Text("levels: 3")
+    seen = weakref.ref(page["config"])
+    gc.disable()
+    try:
+        assert "levels: 3" in render(page)
+        del page
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 def test_a_page_is_quick_and_small(tmp_path):
