@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from emdiff.components import STAGES, fit_mixture
-from emdiff.data import Data, measured
+from emdiff.data import Data, Observations, measured
 from emdiff.em import e_step
 from emdiff.folder import RunFolder
 from emdiff.gaussian import fit_gaussian, pathwise
@@ -22,7 +23,7 @@ from emdiff.processes import ALONE, Team
 from emdiff.rows import BLOCK, Array, Index, Rows, row_spans, spans
 from emdiff.scale import Scale
 from emdiff.smooth import correlation_length
-from emdiff.start import antithetic, first_samples, recorrupt, self_supervised_loss
+from emdiff.start import antithetic, first_samples, recorrupt, self_supervised_loss, spread
 from emdiff.streams import stream, stream_seed
 from emdiff.training import Optimiser, Trained, train
 from emdiff.turns import those_of
@@ -45,11 +46,12 @@ def start_round(
         return start_from_mixture(data, scale, plan, run, listener, team)
     torch.manual_seed(stream_seed(plan.seed, "network"))
     denoiser = set_precision(build_network(data.shape, **plan.network), plan.device)
-    metrics: dict[str, Any] = {"start": plan.start.kind}
+    metrics, c = dict[str, Any](start=plan.start.kind), 1.0
     if plan.start.kind == "self-supervised":
         trained = train_start(denoiser, data, plan, listener, run.checkpoint(0), team)
         denoiser = trained.denoiser
-        metrics |= {"start_steps": trained.steps, "start_held_out": trained.held_out, "retreats": trained.retreats}
+        c = team.lead(spread, denoiser, unseen(data, plan), stream(plan.seed, "spread", device=plan.device))
+        metrics |= {"start_steps": trained.steps, "start_held_out": trained.held_out, "start_spread": c, "retreats": trained.retreats}
     own, gaussian = those_of(data, team.rows(len(data))), None
     if plan.start.kind == "gaussian":
         bar, draw = listener.phase("start: Gaussian EM", GAUSSIAN_ITERATIONS), stream(team.seed(plan.seed), "gaussian")
@@ -63,11 +65,17 @@ def start_round(
         if plan.start.kind == "gaussian":
             part = pathwise(gaussian, batch.observer, batch.obs, draw)
         else:
-            part = first_samples(denoiser, batch, draw)
+            part = first_samples(denoiser, batch, draw, c=c)
         x[span], largest = part, max(largest, float(part.abs().max()))
         bar(span.stop)
     metrics["bound"] = 2 * max(team.gather(largest))
     return run.whole(0, "x", x, team), Prior(denoiser, scale, data.shape, plan.walk.tau_last, plan.network), metrics
+
+
+def unseen(data: Data, plan: Plan) -> Iterator[Observations]:
+    """Batches of the observations that the start's training was not shown."""
+    first = len(data) - held_out(len(data))
+    return (data.rows(slice(i, min(i + plan.walk.batch, len(data)))).to(plan.device) for i in range(first, len(data), plan.walk.batch))
 
 
 def own_x(run: RunFolder, own: Data, team: Team) -> NewArray:

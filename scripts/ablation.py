@@ -36,7 +36,7 @@ from emdiff.plan import default_train_batch
 from emdiff.prior import build_network, choose_network, set_precision
 from emdiff.rounds import SPREAD
 from emdiff.scale import Scale, estimate_scale
-from emdiff.start import antithetic, first_samples, hidden_variance, recorrupt, self_supervised_loss
+from emdiff.start import antithetic, first_samples, hidden_variance, recorrupt, self_supervised_loss, spread
 from emdiff.streams import stream, stream_seed
 from emdiff.training import Optimiser, train
 from observers import Identity, Mask
@@ -151,7 +151,8 @@ class Setting:
                 denoiser = self.self_supervised(denoiser, v.anneal)
                 new = self.data.rows(slice(len(self.data) * 9 // 10, len(self.data)))
                 variance = hidden_variance(denoiser, new, g) if self.maps is not None and v.deviate else 0.0
-                x = torch.cat([first_samples(denoiser, part, g, variance) for part in parts])
+                c = spread(denoiser, [new.rows(slice(i, i + 500)) for i in range(0, len(new.obs), 500)], g)
+                x = torch.cat([first_samples(denoiser, part, g, variance, c) for part in parts])
             self.starts[key] = denoiser, x, time.perf_counter() - clock
         return self.starts[key]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from emdiff.cli import main
 from emdiff.denoise import GaussianDenoiser
 from emdiff.observations import Observations, write_observations
-from emdiff.start import antithetic, choose_start, first_samples, hidden_variance, recorrupt, self_supervised_loss
+from emdiff.start import SPREAD, antithetic, choose_start, first_samples, hidden_variance, recorrupt, self_supervised_loss, spread
 from emdiff.training import train
 from observers import Identity, Mask, Observer, Projection
 
@@ -185,6 +185,43 @@ def test_first_samples_of_a_gaussian_have_its_posterior_as_their_law(monkeypatch
     L = x[1:] - x[:1]
     torch.testing.assert_close(x[0], torch.from_numpy(mean), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(L.T @ L, torch.from_numpy(V), rtol=1e-3, atol=1e-4)
+
+
+class Shrunk(torch.nn.Module):
+    """xhat = k y, with the posterior covariance that its slope stands for."""
+
+    def __init__(self, k: float) -> None:
+        super().__init__()
+        self.k = k
+
+    def xhat(self, y: Tensor, sigma: Tensor) -> Tensor:
+        return self.k * y[:, 0]
+
+    def moments(self, y: Tensor, sigma: Tensor):
+        return self.xhat(y, sigma), lambda v: sigma[:, 0].square() * self.k * v
+
+
+@pytest.mark.parametrize("k", [0.6, 0.7, 0.75, 0.9])
+def test_first_samples_deviate_by_the_error_of_the_estimator(k: float) -> None:
+    """x of variance 1.5 in noise of variance .5: k = .75 is the best slope; the error of any is (1 - k)^2 1.5 + k^2 .5. Seven standard errors, and
+    no truth is looked at."""
+    count, n2 = 20_000, 0.5
+    x = 1.5**0.5 * normal(count, 5, seed=1)
+    one = Identity((5,), torch.tensor(n2**0.5, dtype=torch.float64))
+    data = Observations(one.simulate(x, generator(2)), one)
+    c = spread(Shrunk(k), [data.rows(slice(0, 15_000)), data.rows(slice(15_000, count))], generator(3))
+    error = (1 - k) ** 2 * 1.5 + k**2 * n2
+    assert c**2 == pytest.approx(error / (k * n2), abs=7 * math.sqrt(2 / (5 * count)) / k)
+    deviation = first_samples(Shrunk(k), data, generator(4), c=c) - k * data.obs
+    assert float(deviation.square().mean()) == pytest.approx(error, rel=0.03)
+
+
+def test_the_spread_of_first_samples_is_bounded_and_1_where_entries_are_missing() -> None:
+    one = Identity((5,), torch.tensor(0.5, dtype=torch.float64))
+    data = Observations(100 * normal(50, 5), one)
+    assert spread(Shrunk(0.01), [data], generator()) == SPREAD[1] ** 0.5
+    seen = half_seen(equicorrelated(0.8), 20)[0]
+    assert spread(Shrunk(0.5), [seen], generator()) == 1
 
 
 def half_seen(prior: GaussianDenoiser, count: int, n: float = 0.3) -> tuple[Observations, Tensor]:
