@@ -13,6 +13,7 @@ from torch import Tensor
 from emdiff.components import STAGES, fit_mixture
 from emdiff.data import Data, Observations, measured
 from emdiff.em import e_step
+from emdiff.first_samples import Deviations, deviations, first_samples
 from emdiff.folder import RunFolder
 from emdiff.gaussian import fit_gaussian, pathwise
 from emdiff.mdae import MDAE
@@ -23,7 +24,7 @@ from emdiff.processes import ALONE, Team
 from emdiff.rows import BLOCK, Array, Index, Rows, row_spans, spans
 from emdiff.scale import Scale
 from emdiff.smooth import correlation_length
-from emdiff.start import antithetic, first_samples, recorrupt, self_supervised_loss, spread
+from emdiff.start import antithetic, recorrupt, self_supervised_loss
 from emdiff.streams import stream, stream_seed
 from emdiff.training import Optimiser, Trained, train
 from emdiff.turns import those_of
@@ -46,12 +47,13 @@ def start_round(
         return start_from_mixture(data, scale, plan, run, listener, team)
     torch.manual_seed(stream_seed(plan.seed, "network"))
     denoiser = set_precision(build_network(data.shape, **plan.network), plan.device)
-    metrics, c = dict[str, Any](start=plan.start.kind), 1.0
+    metrics, by = dict[str, Any](start=plan.start.kind), Deviations()
     if plan.start.kind == "self-supervised":
         trained = train_start(denoiser, data, plan, listener, run.checkpoint(0), team)
         denoiser = trained.denoiser
-        c = team.lead(spread, denoiser, unseen(data, plan), stream(plan.seed, "spread", device=plan.device))
-        metrics |= {"start_steps": trained.steps, "start_held_out": trained.held_out, "start_spread": c, "retreats": trained.retreats}
+        metrics |= {"start_steps": trained.steps, "start_held_out": trained.held_out, "retreats": trained.retreats}
+        by = team.lead(deviations, denoiser, unseen(data, plan), stream(plan.seed, "deviations", device=plan.device))
+        metrics |= {"start_factor": by.c, "start_variance": by.v}
     own, gaussian = those_of(data, team.rows(len(data))), None
     if plan.start.kind == "gaussian":
         bar, draw = listener.phase("start: Gaussian EM", GAUSSIAN_ITERATIONS), stream(team.seed(plan.seed), "gaussian")
@@ -65,7 +67,7 @@ def start_round(
         if plan.start.kind == "gaussian":
             part = pathwise(gaussian, batch.observer, batch.obs, draw)
         else:
-            part = first_samples(denoiser, batch, draw, c=c)
+            part = first_samples(denoiser, batch, draw, by)
         x[span], largest = part, max(largest, float(part.abs().max()))
         bar(span.stop)
     metrics["bound"] = 2 * max(team.gather(largest))

@@ -28,7 +28,7 @@ from emdiff.start import Choice, choose_start
 
 Config = dict[str, Any]
 
-SHOWN = 128_000
+SHOWN = 160_000
 """Data that a self-supervised start is shown at most."""
 
 NO_LIMIT = 10**6

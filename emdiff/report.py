@@ -136,7 +136,7 @@ def _templates() -> jinja2.Environment:
 def history(rounds: Rounds) -> tuple[list[Chart], list[Chart], dict[str, float]]:
     """A chart of every figure over iterations: the first ones, the others, and the figures that never changed."""
     values = {name: [row[name] for row in rounds if is_number(row.get(name))] for name in order({k for row in rounds for k in row})}
-    names = [name for name, seen in values.items() if seen and name not in ("iter", "bound", "start_steps", "start_held_out", "start_spread")]
+    names = [name for name, seen in values.items() if seen and name not in ("iter", "bound") and not name.startswith("start_")]
     constant = {name: values[name][0] for name in names if name not in FIRST and len(set(values[name])) == 1}
     charts = {name: progress(name, rounds) for name in names if name not in constant}
     return [charts[n] for n in FIRST if n in charts], [chart for n, chart in charts.items() if n not in FIRST], constant

@@ -33,6 +33,9 @@ from emdiff.turns import in_place, on_turn, rows_of, those_of
 SPREAD = 1.005
 """An iteration over-relaxes if the last samples' std exceeds the data's own, estimated from the observations, by this factor."""
 
+SLOWEST = 4
+"""What the rate is divided by in M-steps after a self-supervised start, at most."""
+
 
 class Walked(NamedTuple):
     """What the E-step of a round leaves.
@@ -144,12 +147,22 @@ def m_step(k: int, prior: Prior, pairs: Draws, data: Data, plan: Plan, run: RunF
     loss = PairLoss(pairs, plan.walk.tau_last, level_maps(data) if plan.maps else None, even=departs)
     steps = first_steps(plan) if k == 1 else plan.steps
     count = len(pairs.x) - (max(1, len(pairs.x) // 10) if departs else 0)
-    how = (plan.batch, plan.rate, stream_seed(plan.seed, "m-step", k), 0, plan.device, listener.phase(f"round {k}: M-step", steps))
+    how = (plan.batch, rate_of(k, plan), stream_seed(plan.seed, "m-step", k), 0, plan.device, listener.phase(f"round {k}: M-step", steps))
     trained = train(prior.denoiser, loss, count, steps, *how, run.checkpoint(k), team=team)
     if departs:
         unseen, draw = torch.arange(count, len(pairs.x)), stream(plan.seed, "keep", k, device=plan.device)
         trained.denoiser.keep = team.lead(lambda: keep(trained.denoiser, loss.inputs, unseen, draw).cpu()).to(plan.device)
     return trained
+
+
+def rate_of(k: int, plan: Plan) -> float:
+    """The rate of round k's M-step: after a self-supervised start half of the start's, then a third, a quarter and no less.
+
+    That start leaves a network which is nearly right. What M-steps have to add is little, and what the noise of their gradients leaves behind enters
+    the samples of the next E-step as variance, which EM is slow to remove. Falling rates are those of stochastic approximation (SAEM; Delyon,
+    Lavielle & Moulines 1999).
+    """
+    return plan.rate / min(k + 1, SLOWEST) if plan.start.kind == "self-supervised" else plan.rate
 
 
 def shuffled(draws: Draws, generator: torch.Generator) -> Draws:

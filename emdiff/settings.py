@@ -48,7 +48,7 @@ class TrainSettings:
     Args:
         steps: Steps of each M-step. Unset: chosen from the number of observations.
         start_steps: Most steps of the self-supervised start, which held-out observations end earlier; steps of the first M-step after a
-            Gaussian start, which trains no network. Unset: what shows 128,000 data.
+            Gaussian start, which trains no network. Unset: what shows 160,000 data.
         batch: Data per step. Unset: 32 for a U-Net on a CPU, else 128.
         rate: Learning rate of Adam.
         refresh: Observations walked anew in each iteration, in turn; the M-step trains on all, with the last pair of those it is not the turn of.

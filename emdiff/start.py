@@ -15,22 +15,7 @@ a -> 0. The limit of the mean of both losses, less |w / a|^2, is Stein's unbiase
 of the divergence (SURE, Stein 1981; Ramani, Blu & Unser 2008). Weights are 1/(sigma_z^2 (1 + min(1, 1/a^2)) + 1/2), the inverse variance of the part
 of the target that is left. The learning rate falls to 0; the weights are those that predict held-out observations best.
 
-First samples: xhat(z) + c V^(1/2) xi, V = sigma_z^2 d xhat / d z, by Lanczos, where every entry was observed. With E[x | z] for xhat, c would be 1.
-A trained one errs by more than tr V and V by Lanczos has a larger trace, its negative eigenvalues counting as 0; EM takes many iterations to remove
-what such samples have too much of. So c^2 is the estimator's mean squared error over the mean square of V^(1/2) xi, on observations that training
-did not see. Stein's estimate of the error is |z - xhat|^2 - sigma_z^2 + 2 tr V per entry and needs no truth; with |V^(1/2) xi|^2 for tr V
-
-    c^2 = 2 - (sigma_z^2 - |z - xhat|^2) / |V^(1/2) xi|^2.
-
-Where some entries were not observed, V of these has no such form. But estimates from less tell how estimates deviate: with z_S a random half of z's
-observed entries, xhat(z_S) = E[xhat(z) | z_S], so
-
-    D = xhat(z) - xhat(z_S)   has mean 0 given z_S and covariance V_S - V, which has the structure of x | z: strokes that are there or not.
-
-x = xhat(z) +- c D with a random sign has mean xhat(z) given z; c makes the mean of its square that of an entry's posterior variance, both measured
-without any truth: where entries were not observed v, the error of predicting hidden entries less their noise; where they were the mean of
-sigma_z^2 - (z - xhat)^2, since E(z - x)^2 = sigma_z^2 for a sample x of x | z. White deviations of the same size tell unseen entries nothing of their
-neighbours, and cost more than they give (docs/method.md).
+First samples deviate from that estimator as x does (first_samples).
 
 mixture, for vectors: exact samples of a mixture of Gaussians given obs, which then is the base that learning departs from (components).
 
@@ -40,23 +25,14 @@ gaussian, for any observer: exact samples of N(mean, S) given obs (gaussian).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from emdiff.data import Data, Observations
+from emdiff.data import Data
 from emdiff.denoise import Denoiser
 from emdiff.gaussian import DENSE
-from emdiff.linalg import lanczos_sqrt
-
-LANCZOS = 2
-"""Products for V^(1/2). More of them count more negative eigenvalues of a learned V as 0: on 10,000 noisy digits the mean square of V^(1/2) xi
-was the trace of V with 2 and 4 % above it with 4."""
-
-SPREAD = (0.25, 1.5)
-"""Range of c^2."""
 
 
 class Choice(NamedTuple):
@@ -180,88 +156,3 @@ def self_supervised_loss(denoiser: Denoiser, batch: Recorrupted) -> Tensor:
     """The weighted mean squared error of a batch, shape ()."""
     error = batch.weight * (denoiser.xhat(batch.y, batch.sigma) - batch.target).square()
     return error.sum() / batch.weight.expand(error.shape).gt(0).sum().clamp(min=1)
-
-
-def hidden_variance(denoiser: Denoiser, data: Observations, generator: torch.Generator | None = None, share: float = 0.05) -> float:
-    """The variance of an entry given the others, v: the mean of (z - xhat)^2 - sigma_z^2 over a share of the observed entries that xhat is not shown.
-
-    Args:
-        denoiser: Trained on recorrupted observations, these not among them.
-        data: Observations, each a measurement of x.
-        generator: Source of randomness.
-        share: Of the observed entries that are hidden at once.
-    """
-    z, sigma_z = data.observer.as_measurement(data.obs)
-    sigma_z = sigma_z.expand(z.shape)
-    hide = sigma_z.isfinite() & (_uniform(z, generator) < share)
-    with torch.no_grad():
-        excess = (z - _without(denoiser, z, sigma_z, hide)).square() - sigma_z.square()
-    return max(float(excess[hide].mean()), 0.0)
-
-
-def spread(denoiser: Denoiser, parts: Iterable[Observations], generator: torch.Generator | None = None) -> float:
-    """The factor c of first samples' deviations.
-
-    Args:
-        denoiser: Trained on recorrupted observations, these not among them.
-        parts: Batches of observations, each a measurement of x.
-        generator: Source of randomness.
-
-    Returns:
-        c, its square within SPREAD; 1 where some entries were not observed.
-    """
-    gap = square = 0.0
-    for part in parts:
-        z, sigma_z = part.observer.as_measurement(part.obs)
-        if not bool(sigma_z.isfinite().all()):
-            return 1.0
-        with torch.no_grad():
-            xhat = denoiser.xhat(z[:, None], sigma_z[:, None])
-        gap += float((sigma_z.square() - (z - xhat).square()).sum())
-        square += float((first_samples(denoiser, part, generator) - xhat).square().sum())
-    low, high = SPREAD
-    return min(max(2 - gap / max(square, 1e-12), low), high) ** 0.5
-
-
-def first_samples(denoiser: Denoiser, data: Observations, generator: torch.Generator | None = None, v: float = 0.0, c: float = 1.0) -> Tensor:
-    """Samples of x | obs from the self-supervised estimator.
-
-    Args:
-        denoiser: Trained on recorrupted observations.
-        data: A batch of observations, each a measurement of x.
-        generator: Source of randomness.
-        v: Variance of an entry given the others (`hidden_variance`), used where entries are missing.
-        c: Factor of the deviations (`spread`), used where none are.
-
-    Returns:
-        Samples (B, *S).
-    """
-    z, sigma_z = data.observer.as_measurement(data.obs)
-    if not bool(sigma_z.isfinite().all()):
-        return _deviated(denoiser, z, sigma_z.expand(z.shape), v, generator)
-    xhat, V = denoiser.moments(z[:, None], sigma_z[:, None])
-    return xhat + c * lanczos_sqrt(V, torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device), LANCZOS)
-
-
-def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.rand(like.shape, generator=generator, dtype=like.dtype, device=like.device)
-
-
-def _without(denoiser: Denoiser, z: Tensor, sigma_z: Tensor, hide: Tensor) -> Tensor:
-    """The estimate from z (B, *S) without the entries to hide, bool (B, *S)."""
-    sigma = torch.where(hide, math.inf, sigma_z)
-    return denoiser.xhat(torch.where(sigma.isinf(), 0.0, z)[:, None], sigma[:, None])
-
-
-@torch.no_grad()
-def _deviated(denoiser: Denoiser, z: Tensor, sigma_z: Tensor, v: float, generator: torch.Generator | None) -> Tensor:
-    """xhat(z) +- c D, shape (B, *S); no deviation where v is 0."""
-    xhat, seen = denoiser.xhat(z[:, None], sigma_z[:, None]), sigma_z.isfinite()
-    if v == 0:
-        return xhat
-    D = xhat - _without(denoiser, z, sigma_z, seen & (_uniform(z, generator) < 0.5))
-    at_seen = (sigma_z.square() - (z - xhat).square())[seen].mean().clamp(min=0)
-    c = lambda wanted, part: (wanted / D[part].square().mean().clamp(min=1e-12)).sqrt()  # noqa: E731
-    D = torch.where(seen, c(at_seen, seen), c(v, ~seen)) * D
-    sign = torch.where(_uniform(z.flatten(1)[:, 0], generator) < 0.5, -1.0, 1.0).reshape(-1, *[1] * (z.ndim - 1))
-    return xhat + sign * D

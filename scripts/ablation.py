@@ -26,6 +26,7 @@ from torch import Tensor
 
 from emdiff.denoise import Denoiser
 from emdiff.em import Draws, Walk, e_step, relaxed_walk
+from emdiff.first_samples import Deviations, deviations, first_samples
 from emdiff.firsts import level_maps
 from emdiff.gaussian import condition, fit_gaussian
 from emdiff.mdae import MDAE
@@ -36,7 +37,7 @@ from emdiff.plan import default_train_batch
 from emdiff.prior import build_network, choose_network, set_precision
 from emdiff.rounds import SPREAD
 from emdiff.scale import Scale, estimate_scale
-from emdiff.start import antithetic, first_samples, hidden_variance, recorrupt, self_supervised_loss, spread
+from emdiff.start import antithetic, recorrupt, self_supervised_loss
 from emdiff.streams import stream, stream_seed
 from emdiff.training import Optimiser, train
 from observers import Identity, Mask
@@ -149,10 +150,9 @@ class Setting:
                 x = torch.cat([condition(gaussian, part.observer, part.obs, g).x for part in parts])
             else:
                 denoiser = self.self_supervised(denoiser, v.anneal)
-                new = self.data.rows(slice(len(self.data) * 9 // 10, len(self.data)))
-                variance = hidden_variance(denoiser, new, g) if self.maps is not None and v.deviate else 0.0
-                c = spread(denoiser, [new.rows(slice(i, i + 500)) for i in range(0, len(new.obs), 500)], g)
-                x = torch.cat([first_samples(denoiser, part, g, variance, c) for part in parts])
+                new = [part for i, part in enumerate(parts) if 500 * i >= len(self.data) * 9 // 10]
+                by = deviations(denoiser, new, g)
+                x = torch.cat([first_samples(denoiser, part, g, by if v.deviate else Deviations()) for part in parts])
             self.starts[key] = denoiser, x, time.perf_counter() - clock
         return self.starts[key]
 

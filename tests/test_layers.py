@@ -30,6 +30,7 @@ LAYERS = [
         "calibration",
         "features",
         "verdict",
+        "first_samples",
         "start",
         "training",
         "objectives",

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from emdiff.cli import main
 from emdiff.denoise import GaussianDenoiser
+from emdiff.first_samples import SPREAD, Deviations, deviations, first_samples, hidden_variance
 from emdiff.observations import Observations, write_observations
-from emdiff.start import SPREAD, antithetic, choose_start, first_samples, hidden_variance, recorrupt, self_supervised_loss, spread
+from emdiff.start import antithetic, choose_start, recorrupt, self_supervised_loss
 from emdiff.training import train
 from observers import Identity, Mask, Observer, Projection
 
@@ -176,7 +177,7 @@ def test_the_start_is_self_supervised_where_parts_of_observations_predict_each_o
 
 def test_first_samples_of_a_gaussian_have_its_posterior_as_their_law(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without sampling: from zero noise and unit noises, with enough products for V^(1/2) to be exact."""
-    monkeypatch.setattr("emdiff.start.LANCZOS", 8)
+    monkeypatch.setattr("emdiff.first_samples.LANCZOS", 8)
     prior = GaussianDenoiser.from_covariance(normal(*S, seed=7), covariance(d))
     obs, mean, V, one = first_posterior(prior, "identity")
     with monkeypatch.context() as patch:
@@ -209,19 +210,22 @@ def test_first_samples_deviate_by_the_error_of_the_estimator(k: float) -> None:
     x = 1.5**0.5 * normal(count, 5, seed=1)
     one = Identity((5,), torch.tensor(n2**0.5, dtype=torch.float64))
     data = Observations(one.simulate(x, generator(2)), one)
-    c = spread(Shrunk(k), [data.rows(slice(0, 15_000)), data.rows(slice(15_000, count))], generator(3))
+    by = deviations(Shrunk(k), [data.rows(slice(0, 15_000)), data.rows(slice(15_000, count))], generator(3))
     error = (1 - k) ** 2 * 1.5 + k**2 * n2
-    assert c**2 == pytest.approx(error / (k * n2), abs=7 * math.sqrt(2 / (5 * count)) / k)
-    deviation = first_samples(Shrunk(k), data, generator(4), c=c) - k * data.obs
+    assert by.v == 0 and by.c**2 == pytest.approx(error / (k * n2), abs=7 * math.sqrt(2 / (5 * count)) / k)
+    deviation = first_samples(Shrunk(k), data, generator(4), by) - k * data.obs
     assert float(deviation.square().mean()) == pytest.approx(error, rel=0.03)
 
 
-def test_the_spread_of_first_samples_is_bounded_and_1_where_entries_are_missing() -> None:
+def test_what_deviations_are_scaled_by_is_bounded_and_where_entries_are_missing_the_variance_of_hidden_ones() -> None:
     one = Identity((5,), torch.tensor(0.5, dtype=torch.float64))
     data = Observations(100 * normal(50, 5), one)
-    assert spread(Shrunk(0.01), [data], generator()) == SPREAD[1] ** 0.5
-    seen = half_seen(equicorrelated(0.8), 20)[0]
-    assert spread(Shrunk(0.5), [seen], generator()) == 1
+    assert deviations(Shrunk(0.01), [data], generator()) == (SPREAD[1] ** 0.5, 0)
+    prior = equicorrelated(0.8)
+    data, _ = half_seen(prior, 4000)
+    both = [data.rows(slice(0, 3000)), data.rows(slice(3000, 4000))]
+    g = generator(9)
+    assert deviations(prior, both, generator(9)) == (1, (hidden_variance(prior, both[0], g) + hidden_variance(prior, both[1], g)) / 2)
 
 
 def half_seen(prior: GaussianDenoiser, count: int, n: float = 0.3) -> tuple[Observations, Tensor]:
@@ -249,7 +253,7 @@ def test_hidden_entries_tell_the_variance_of_an_entry_given_the_others() -> None
 def test_deviations_of_first_samples_have_the_stated_variance_and_the_structure_of_the_posterior() -> None:
     prior, v, n, count = equicorrelated(0.8), 0.7, 0.3, 40_000
     data, seen = half_seen(prior, count, n)
-    xhat, x = first_samples(prior, data), first_samples(prior, data, generator(9), v)
+    xhat, x = first_samples(prior, data), first_samples(prior, data, generator(9), Deviations(v=v))
     gap = x - xhat
     A = torch.eye(4, dtype=torch.float64)[:2]
     S = prior.covariance()
