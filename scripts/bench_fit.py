@@ -3,6 +3,7 @@
     python scripts/bench_fit.py                   10,000 noisy digits, n = .5: up to 8 times as long for the peer as for emdiff
     python scripts/bench_fit.py --cap 2           the peer gets twice emdiff's time; with 0 it has no part
     python scripts/bench_fit.py --quick           300 digits, short trainings: under a minute
+    OMP_NUM_THREADS=1 python scripts/bench_fit.py --clock cpu      processor time of one thread each, for a machine that is not free
 
 Both sides see the same observations, use the same network, batch and learning rate on the same number of threads, and are judged by the same figures
 of the same walk: error of one posterior sample per pixel, residual chi2 and std ratio on the first 1,000 observations, computed off the clock.
@@ -25,7 +26,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,26 +109,36 @@ def clean_trained(folder: Path, truth: Tensor, scale: Scale, tau_last: float, st
     return load_prior(file)
 
 
-def fit(file: Path, out: Path, quick: bool, iters: int) -> tuple[float, dict[int, float]]:
-    """Run `emdiff fit`; returns its seconds in all, and at the end of each round."""
+def processor_seconds(pid: int) -> float:
+    """Processor time that a running process has taken, all its threads together (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def fit(file: Path, out: Path, quick: bool, iters: int, cpu: bool) -> tuple[float, dict[int, float]]:
+    """Run `emdiff fit`; returns its seconds in all, and at the end of each round, by the clock or of the processor."""
     short = ["--iters", "2", "--train.steps", "20", "--train.start_steps", "40", "--walk.levels", "6"] if quick else ["--iters", str(iters)]
-    clock, ends = time.perf_counter(), {}
+    begun, ends = time.perf_counter(), dict[int, float]()
     process = subprocess.Popen(
         [sys.executable, "-m", "emdiff.cli", "fit", "--observations", str(file), "--out", str(out), "--wandb", "off", *short], stdout=sys.stderr
     )
+    spent = 0.0
     while process.poll() is None:
         time.sleep(0.2)
+        spent = processor_seconds(process.pid) if cpu else time.perf_counter() - begun
         for metrics in out.glob("*/metrics.json"):
             k = 0 if metrics.parent.name == "start" else int(metrics.parent.name.removeprefix("round_"))
-            ends.setdefault(k, time.perf_counter() - clock)
+            ends.setdefault(k, spent)
     if process.returncode:
         raise SystemExit("emdiff fit failed")
-    return time.perf_counter() - clock, ends
+    return spent, ends
 
 
-def peer(data: Observations, limit: float, first: int, steps: int, batch: int = 500) -> Iterator[tuple[int, float, Denoiser]]:
-    """EM as diffusion-priors does it, on standardised observations: iteration, seconds, prior, until `limit` seconds have passed."""
-    clock, off = time.perf_counter(), 0.0
+def peer(
+    data: Observations, limit: float, first: int, steps: int, now: Callable[[], float], batch: int = 500
+) -> Iterator[tuple[int, float, Denoiser]]:  # fmt: skip
+    """EM as diffusion-priors does it, on standardised observations: iteration, seconds, prior, until `limit` seconds have passed, as `now` tells."""
+    clock, off = now(), 0.0
     torch.manual_seed(stream_seed(0, "peer"))
     prior: Denoiser = fit_gaussian(data, generator=stream(0, "peer gaussian"))
     network = set_precision(build_network(data.shape, **choose_network(data.shape)), "cpu")
@@ -136,16 +147,16 @@ def peer(data: Observations, limit: float, first: int, steps: int, batch: int = 
         k, x = k + 1, []
         for i in range(0, len(data), batch):
             x.append(ddpm_sample(prior, data.rows(slice(i, i + batch)), 64, 1, stream(0, "peer", k, i), PEER_LAST))
-            if time.perf_counter() - clock - off > limit:
+            if now() - clock - off > limit:
                 return
         samples = torch.cat(x)
         loss = PairLoss(Draws(samples, samples, 0.0), PEER_LAST)
         seed, length = stream_seed(0, "peer m-step", k), first if k == 1 else steps
         network = train(network, loss, len(data), length, default_train_batch("cpu", "unet"), 2e-3, seed).denoiser
         prior = network
-        paused = time.perf_counter()
+        paused = now()
         yield k, paused - clock - off, prior
-        off += time.perf_counter() - paused
+        off += now() - paused
 
 
 def minutes(rows: list[Row]) -> list[dict[str, Any]]:
@@ -156,8 +167,8 @@ def minutes(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def reached(rows: list[Row], target: float, calibrated: bool) -> Row | None:
-    """The first row that meets the target."""
-    return next((row for row in rows if row.reaches(target, calibrated)), None)
+    """The first row of a prior that meets the target; the start has samples, but no prior yet."""
+    return next((row for row in rows if row.iteration and row.reaches(target, calibrated)), None)
 
 
 def main() -> None:
@@ -170,6 +181,7 @@ def main() -> None:
     parser.add_argument("--cap", type=float, default=8.0, help="the peer's time, in times of emdiff's")
     parser.add_argument("--peer-first", type=int, default=4800)
     parser.add_argument("--peer-steps", type=int, default=1600)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="seconds by the clock, or of the processor")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     if args.quick:
@@ -177,11 +189,13 @@ def main() -> None:
     folder = args.folder or Path("runs/bench_fit_quick" if args.quick else "runs/bench_fit")
     folder.mkdir(parents=True, exist_ok=True)
     print(f"emdiff {emdiff.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads, {args.count} digits, noise .5", flush=True)
-    file, out, times = folder / f"noisy-{args.count}.npz", folder / f"fit-{args.count}", folder / f"times-{args.count}.json"
+    file, out, times = (
+        folder / f"{name}-{args.count}{end}" for name, end in (("noisy", ".npz"), ("fit", f"-{args.clock}"), ("times", f"-{args.clock}.json"))
+    )
     if not file.is_file():
         command("observe", "--data", str(args.data), "--observer", "identity", "--noise-std", "0.5", "--count", str(args.count), "--out", str(file))
     if not times.is_file():
-        total, ends = fit(file, out, args.quick, args.iters)
+        total, ends = fit(file, out, args.quick, args.iters, args.clock == "cpu")
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.write_text(json.dumps({"total": total, "ends": ends, "cpu": used.ru_utime + used.ru_stime, "load": os.getloadavg()}))
     spent = json.loads(times.read_text())
@@ -199,8 +213,9 @@ def main() -> None:
         ours.append(judge(load_prior(out / f"round_{k:03d}" / "prior.safetensors").denoiser, spent["ends"][str(k)], k))
         show("emdiff", ours[-1])
     ours_at = reached(ours, target, True)
+    now = time.process_time if args.clock == "cpu" else time.perf_counter
     limit = args.cap * (ours_at.seconds if ours_at else spent["total"])
-    for k, seconds, prior in () if args.cap == 0 else peer(scale.observations(data), limit, args.peer_first, args.peer_steps):
+    for k, seconds, prior in () if args.cap == 0 else peer(scale.observations(data), limit, args.peer_first, args.peer_steps, now):
         theirs.append(judge(prior, seconds, k))
         show("peer", theirs[-1])
         if theirs[-1].reaches(target, False):
@@ -225,7 +240,8 @@ def report(
             print(f"{side:<8}minute {row['minute']:3d}: iteration {row['iteration']:3d}, error {row['error']:.4f}, chi2 {row['chi2']:.3f}")
     ratio = None if ours_at is None or not theirs else ours_at.seconds / (theirs_at.seconds if theirs_at else limit)
     figures = {
-        "count": args.count, "threads": torch.get_num_threads(), "clean_error": clean.error, "target_error": target, "seconds_total": total,
+        "count": args.count, "clock": args.clock, "threads": torch.get_num_threads(),
+        "clean_error": clean.error, "target_error": target, "seconds_total": total,
         "seconds_to_target": ours_at.seconds if ours_at else None, "error_at_target": ours_at.error if ours_at else None,
         "last_error": ours[-1].error, "last_chi2": ours[-1].chi2, "last_std_ratio": ours[-1].std_ratio,
         "peer_seconds_to_target": theirs_at.seconds if theirs_at else None, "peer_seconds_given": limit, "peer_iterations": len(theirs),
