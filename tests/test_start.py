@@ -2,6 +2,7 @@ r"""Self-supervised starts: recorrupted observations are as good as clean target
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -300,3 +301,32 @@ def test_the_start_of_a_fit_has_both_signs_in_each_batch_and_a_rate_that_ends_at
     start = ["--start", "self-supervised", "--iters", "1"]
     main(["fit", "--observations", str(tmp_path / "obs.npz"), "--out", str(tmp_path / "run"), *start, *short])
     assert len(seen) == 4 and all(seen) and rates[0].anneal
+
+
+@pytest.mark.parametrize("start, shares", [("self-supervised", [1 / 2, 1 / 3, 1 / 4, 1 / 4]), ("gaussian", [1, 1, 1, 1])])
+def test_rates_fall_after_a_start_that_leaves_a_trained_network(start: str, shares: list[float], tmp_path: Path, monkeypatch) -> None:
+    rates = []
+
+    def trained(denoiser, loss, count, steps, batch, rate, *more, **named):
+        rates.append(rate)
+        return train(denoiser, loss, count, steps, batch, rate, *more, **named)
+
+    monkeypatch.setattr("emdiff.rounds.train", trained)
+    write_observations(tmp_path / "obs.npz", Observations(1 + normal(100, 3).float(), Identity((3,), torch.tensor(0.5))))
+    short = ["--train.steps", "2", "--train.start-steps", "4", "--train.rate", "0.01", "--walk.levels", "3", "--wandb", "off", "--device", "cpu"]
+    main(["fit", "--observations", str(tmp_path / "obs.npz"), "--out", str(tmp_path / "run"), "--start", start, "--iters", "4", *short])
+    assert rates == pytest.approx([0.01 * share for share in shares])
+
+
+def test_first_samples_of_a_fit_deviate_where_entries_are_missing(tmp_path: Path) -> None:
+    """Smooth fields, half of the entries seen: an untrained estimate is 0, and samples vary as the data do."""
+    g = generator(3)
+    x = (torch.randn(200, 1, 4, generator=g) * torch.ones(200, 4, 4)).float()
+    one = Mask((4, 4), torch.tensor(0.2), torch.rand(200, 4, 4, generator=g) < 0.5)
+    write_observations(tmp_path / "obs.npz", Observations(one.simulate(x, g), one))
+    short = ["--train.steps", "2", "--train.start-steps", "150", "--walk.levels", "3", "--wandb", "off", "--device", "cpu"]
+    main(["fit", "--observations", str(tmp_path / "obs.npz"), "--out", str(tmp_path / "run"), "--start", "self-supervised", "--iters", "1", *short])
+    row = json.loads((tmp_path / "run/start/metrics.json").read_text())
+    samples = np.load(tmp_path / "run/start/samples.npy")
+    assert row["start_factor"] == 1 and 0 < row["start_variance"] < 1.5
+    assert 0.8 < float(samples.std()) < 1.2
