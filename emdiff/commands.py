@@ -22,7 +22,7 @@ from emdiff.figures import is_image, save_rows
 from emdiff.metrics import residual_chi2
 from emdiff.observations import open_data, open_truth
 from emdiff.plan import resolve_device
-from emdiff.posterior import check_shape, run_walk, sample_posterior, settled
+from emdiff.posterior import check_shape, run_bound, run_walk, sample_posterior, settled
 from emdiff.prior import check_any_level, load_prior
 from emdiff.reading import read_json, read_yaml
 from emdiff.report import write_report
@@ -56,13 +56,15 @@ def reconstruct_command(run: Path, data: Data, samples: int, out: Path, seed: in
     prior = for_sampling(check_any_level(load_prior(latest_prior(run), device), run), device, compile)
     check_shape(prior, data, run)
     generator = stream(seed, "reconstruct", device=device)
-    walk, chi2, picture = run_walk(run, data, device), 0.0, out.with_suffix(".png")
+    walk, bound, picture = run_walk(run, data, device), run_bound(run), out.with_suffix(".png")
+    chi2, again = 0.0, 0
     with NewArchive(out) as new:
         shapes = {"samples": (len(data), samples, *data.shape), "mean": (len(data), *data.shape), "std": (len(data), *data.shape)}
         arrays = {name: new.array(name, shape, np.float32) for name, shape in shapes.items()}
         for span in spans(len(data), samples * math.prod(data.shape), len(data), BLOCK):
-            block = settled(prior, data.rows(span), walk, generator)
-            stacked = sample_posterior(prior, block, walk, samples, generator, bars(span, len(data))).x
+            block = settled(prior, data.rows(span), walk, generator, bound)
+            drawn = sample_posterior(prior, block, walk, samples, generator, bars(span, len(data)), bound)
+            stacked, again = drawn.x, again + drawn.restarted
             made = {"samples": stacked, "mean": stacked.mean(1), "std": stacked.std(1)}
             for name, values in made.items():
                 arrays[name][span] = values
@@ -71,6 +73,8 @@ def reconstruct_command(run: Path, data: Data, samples: int, out: Path, seed: in
                 rows = {"sample 1": stacked[:12, 0], "sample 2": stacked[:12, 1], "mean": made["mean"], "std": made["std"]}
                 save_rows(picture, {"observation": block.obs, **rows} if block.obs.shape[1:] == data.shape else rows)
     print(f"{samples} posterior samples of each of {len(data)} observations, residual chi2 {chi2:.3f} (1 is calibrated) -> {out}, picture {picture}")
+    if again:
+        print(f"note: {again} chains left the range of the data of the fit and were walked again; are these observations in the same units?")
     print(f"next: look at {picture}; np.load('{out}') holds samples, mean and std in the units of the data")
 
 
@@ -90,8 +94,9 @@ def evaluate_command(
     if truth is not None and is_image(data.shape):
         feature_module(features, truth[:2].reshape(len(truth[:2]), -1, *data.shape[-2:]))
     best = check_any_level(load_prior(oracle, device), oracle) if oracle else None
-    data = settled(prior, data, run_walk(run, data, device), stream(seed, "evaluate", "counts", device=device))
-    task = Task(data, run_walk(run, data, device), samples, prior_samples, truth, features, seed, device)
+    walk, bound = run_walk(run, data, device), run_bound(run)
+    data = settled(prior, data, walk, stream(seed, "evaluate", "counts", device=device), bound)
+    task = Task(data, walk, samples, prior_samples, truth, features, seed, device, bound)
     history, iteration = round_metrics(run), round_of(latest_prior(run))
     found = evaluate(prior, task, bars())
     found = found._replace(figures=found.figures | drifts([row for row in history if row["iter"] <= iteration], prior.scale.std))

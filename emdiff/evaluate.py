@@ -47,6 +47,7 @@ class Task(NamedTuple):
         features: Name of the feature module (`features.feature_module`).
         seed: Seed.
         device: "cpu" or "cuda".
+        bound: How far samples may lie, standardised (`posterior.run_bound`).
     """
 
     data: Observations
@@ -57,6 +58,7 @@ class Task(NamedTuple):
     features: str = "random-conv-64"
     seed: int = 0
     device: str = "cpu"
+    bound: float = math.inf
 
 
 class Evaluation(NamedTuple):
@@ -70,7 +72,7 @@ class Evaluation(NamedTuple):
 def evaluate(prior: Prior, task: Task, phase: Phase) -> Evaluation:
     """Sample posterior and prior, and compute every figure that these allow."""
     draw = lambda name: stream(task.seed, "evaluate", name, device=task.device)  # noqa: E731
-    posterior = sample_posterior(prior, task.data, task.walk, task.samples, draw("posterior"), phase)
+    posterior = sample_posterior(prior, task.data, task.walk, task.samples, draw("posterior"), phase, task.bound)
     x = sample_prior(prior, task.prior_samples, draw("prior"), progress=phase("prior samples", task.prior_samples))
     host = stream(task.seed, "evaluate", "figures")
     figures, floors = without_truth(task.data, posterior, x, host)

@@ -26,6 +26,9 @@ BURN_IN = 5
 FORGOTTEN = 5.0
 """Level, in units of the data's std, from which a walk is independent of where its chain was, for all that a sample shows."""
 
+AWAY = 4.0
+"""How many times further than what its fit takes for diverged a chain may go: other observations may be of larger x."""
+
 
 class Posterior(NamedTuple):
     """Posterior samples in the user's units.
@@ -107,12 +110,18 @@ def run_level(run: Path) -> float | None:
     return number(round_metrics(run)[k], "noise_std", run / f"round_{k:03d}" / "metrics.json")
 
 
-def settled(prior: Prior, data: Observations, walk: Walk, generator: torch.Generator) -> Observations:
+def run_bound(run: Path) -> float:
+    """How far from the data's mean, in units of their std, a sample may lie before its chain counts as diverged; infinite where the run is no fit."""
+    start = round_metrics(run)[0]
+    return AWAY * number(start, "bound", run / "start" / "metrics.json") if "bound" in start else math.inf
+
+
+def settled(prior: Prior, data: Observations, walk: Walk, generator: torch.Generator, bound: float = math.inf) -> Observations:
     """Observations whose noise depends on the signal with the variance that one posterior sample each tells; others as they are."""
     if not depends_on_signal(data):
         return data
     first = with_counts(data, None).rows(slice(None))
-    return with_counts(data, sample_posterior(prior, first, walk, 1, generator).x[:, 0]).rows(slice(None))
+    return with_counts(data, sample_posterior(prior, first, walk, 1, generator, bound=bound).x[:, 0]).rows(slice(None))
 
 
 def sample_posterior(
@@ -122,6 +131,7 @@ def sample_posterior(
     count: int,
     generator: torch.Generator,
     phase: Callable[[str, int], Callable[[int], None]] = lambda name, total: lambda done: None,
+    bound: float = math.inf,
 ) -> Posterior:
     """Draw `count` samples of x | obs for every observation.
 
@@ -135,6 +145,7 @@ def sample_posterior(
         count: Samples per observation.
         generator: Source of randomness.
         phase: Told the name and length of each pass; returns what to call with the number of observations done.
+        bound: Standardised samples beyond it are walked again (`em.e_step`).
     """
     standard = prior.scale.observations(data)
     persistent = math.isfinite(walk.tau_first)
@@ -146,7 +157,7 @@ def sample_posterior(
         name = f"sample {i + 1} of {count}" if i >= 0 else f"burn-in {i + burn_in + 1} of {burn_in}"
         if walk.pool:
             chains = restart(prior, standard, chains if i else None, walk.pool, walk.tau_first, generator)
-        end = e_step(prior.denoiser, standard, chains, walk, generator, progress=phase(name, len(data)))
+        end = e_step(prior.denoiser, standard, chains, walk, generator, bound, phase(name, len(data)))
         chains = end.y if persistent else None
         restarted, residual, iterations = restarted + end.restarted, end.residual, end.iterations
         if i >= 0:

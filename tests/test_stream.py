@@ -23,7 +23,7 @@ from emdiff import commands, rows
 from emdiff.archive import open_archive
 from emdiff.cli import main
 from emdiff.data import Data, Observations
-from emdiff.em import Walk
+from emdiff.em import RETRIES, Walk
 from emdiff.errors import UsageError
 from emdiff.files import sha256
 from emdiff.fit import run_fit
@@ -344,6 +344,25 @@ def test_reconstructions_in_parts_and_evaluation_of_a_random_subset(tmp_path: Pa
     chosen = commands.evaluated_rows(data, None, 4, 0)
     arrays = np.load("run/evaluation/arrays.npz")
     assert len(chosen.unique()) == 11 and np.array_equal(arrays["obs"], data.obs[chosen]) and np.array_equal(arrays["truth"], x[chosen])
+
+
+def test_chains_that_leave_the_range_of_the_fit_are_walked_again_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    data, x = masked()
+    monkeypatch.chdir(tmp_path)
+    write_observations("obs.npz", data, x)
+    main(["fit", "--observations", "obs.npz", "--out", "run", "--iters", "1", "--train.steps", "20", "--train.start-steps", "20",
+          "--walk.levels", "3", "--wandb", "off", "--device", "cpu"])  # fmt: skip
+    again = ["reconstruct", "--run", "run", "--observations", "obs.npz", "--samples", "2", "--out", "r.npz", "--device", "cpu"]
+    capsys.readouterr()
+    main(again)
+    assert "walked again" not in capsys.readouterr().out
+    start = Path("run/start/metrics.json")
+    start.write_text(json.dumps(json.loads(start.read_text()) | {"bound": 1e-9}))
+    main(again)
+    assert f"note: {2 * len(x) * RETRIES} chains left the range" in capsys.readouterr().out
+    main(["evaluate", "--run", "run", "--observations", "obs.npz", "--prior-samples", "20", "--samples", "4", "--count", "10", "--wandb", "off",
+          "--device", "cpu"])  # fmt: skip
+    assert json.loads(Path("run/evaluation/metrics.json").read_text())["figures"]["restarted"] == 4 * 10 * RETRIES
 
 
 def test_the_fingerprint_of_a_folder_tells_its_arrays_apart(tmp_path: Path) -> None:
