@@ -35,6 +35,9 @@ LANCZOS = 4
 """Products for V^(1/2). On noisy digits 2 leave twice the white grain where V is next to 0 (std .053 in the corners, .028 with 4), and from 6 on more
 negative eigenvalues of a learned V count as 0."""
 
+FEW = 32
+"""Entries to hide at least, if half of those seen are as many."""
+
 SPREAD = (0.25, 1.5)
 """Range of c^2."""
 
@@ -46,11 +49,17 @@ def hidden_variance(denoiser: Denoiser, data: Observations, generator: torch.Gen
         denoiser: Trained on recorrupted observations, these not among them.
         data: Observations, each a measurement of x.
         generator: Source of randomness.
-        share: Of the observed entries that are hidden at once.
+        share: Of the observed entries that are hidden at once; more where that would be fewer than FEW of them, but at most half.
+
+    Returns:
+        v, 0 at least; 0 where nothing could be hidden.
     """
     z, sigma_z = data.observer.as_measurement(data.obs)
     sigma_z = sigma_z.expand(z.shape)
-    hide = sigma_z.isfinite() & (_uniform(z, generator) < share)
+    seen = sigma_z.isfinite()
+    hide = seen & (_uniform(z, generator) < min(0.5, max(share, FEW / max(1, int(seen.sum())))))
+    if not bool(hide.any()):
+        return 0.0
     with torch.no_grad():
         excess = (z - _without(denoiser, z, sigma_z, hide)).square() - sigma_z.square()
     return max(float(excess[hide].mean()), 0.0)

@@ -251,6 +251,14 @@ def test_hidden_entries_tell_the_variance_of_an_entry_given_the_others() -> None
         assert v == pytest.approx(expected, abs=5 * (expected + 0.09) * math.sqrt(2 / (0.01 * 2 * count)) + 0.02)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_variance_of_hidden_entries_is_a_number_for_next_to_no_data(count: int) -> None:
+    """Of two to six entries seen a twentieth is none."""
+    data, _ = half_seen(equicorrelated(0.8), count)
+    found = [hidden_variance(equicorrelated(0.8), data, generator(seed)) for seed in range(20)]
+    assert all(0 <= v < math.inf for v in found) and max(found) > 0
+
+
 def test_deviations_of_first_samples_have_the_stated_variance_and_the_structure_of_the_posterior() -> None:
     prior, v, n, count = equicorrelated(0.8), 0.7, 0.3, 40_000
     data, seen = half_seen(prior, count, n)
