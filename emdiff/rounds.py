@@ -33,8 +33,8 @@ from emdiff.turns import in_place, on_turn, rows_of, those_of
 SPREAD = 1.005
 """An iteration over-relaxes if the last samples' std exceeds the data's own, estimated from the observations, by this factor."""
 
-SLOWEST = 4
-"""What the rate is divided by in M-steps after a self-supervised start, at most."""
+QUIET = 128
+"""Batch whose gradients leave little enough noise at the full rate."""
 
 
 class Walked(NamedTuple):
@@ -156,13 +156,13 @@ def m_step(k: int, prior: Prior, pairs: Draws, data: Data, plan: Plan, run: RunF
 
 
 def rate_of(k: int, plan: Plan) -> float:
-    """The rate of round k's M-step: after a self-supervised start half of the start's, then a third, a quarter and no less.
+    """The rate of round k's M-step: after a self-supervised start half of the start's, then a third, and so on down to batch / QUIET of it.
 
     That start leaves a network which is nearly right. What M-steps have to add is little, and what the noise of their gradients leaves behind enters
-    the samples of the next E-step as variance, which EM is slow to remove. Falling rates are those of stochastic approximation (SAEM; Delyon,
-    Lavielle & Moulines 1999).
+    the samples of the next E-step as variance, which EM is slow to remove. That noise goes with rate over batch. Falling rates are those of
+    stochastic approximation (SAEM; Delyon, Lavielle & Moulines 1999).
     """
-    return plan.rate / min(k + 1, SLOWEST) if plan.start.kind == "self-supervised" else plan.rate
+    return plan.rate / max(1.0, min(k + 1, QUIET / plan.batch)) if plan.start.kind == "self-supervised" else plan.rate
 
 
 def shuffled(draws: Draws, generator: torch.Generator) -> Draws:

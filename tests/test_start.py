@@ -311,8 +311,16 @@ def test_the_start_of_a_fit_has_both_signs_in_each_batch_and_a_rate_that_ends_at
     assert len(seen) == 4 and all(seen) and rates[0].anneal
 
 
-@pytest.mark.parametrize("start, shares", [("self-supervised", [1 / 2, 1 / 3, 1 / 4, 1 / 4]), ("gaussian", [1, 1, 1, 1])])
-def test_rates_fall_after_a_start_that_leaves_a_trained_network(start: str, shares: list[float], tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "start, batch, shares",
+    [
+        ("self-supervised", 32, [1 / 2, 1 / 3, 1 / 4, 1 / 4]),
+        ("self-supervised", 64, [1 / 2] * 4),
+        ("self-supervised", 128, [1] * 4),
+        ("gaussian", 32, [1] * 4),
+    ],
+)
+def test_rates_of_small_batches_fall_after_a_start_that_leaves_a_trained_network(start, batch, shares, tmp_path: Path, monkeypatch) -> None:
     rates = []
 
     def trained(denoiser, loss, count, steps, batch, rate, *more, **named):
@@ -322,6 +330,7 @@ def test_rates_fall_after_a_start_that_leaves_a_trained_network(start: str, shar
     monkeypatch.setattr("emdiff.rounds.train", trained)
     write_observations(tmp_path / "obs.npz", Observations(1 + normal(100, 3).float(), Identity((3,), torch.tensor(0.5))))
     short = ["--train.steps", "2", "--train.start-steps", "4", "--train.rate", "0.01", "--walk.levels", "3", "--wandb", "off", "--device", "cpu"]
+    short += ["--train.batch", str(batch)]
     main(["fit", "--observations", str(tmp_path / "obs.npz"), "--out", str(tmp_path / "run"), "--start", start, "--iters", "4", *short])
     assert rates == pytest.approx([0.01 * share for share in shares])
 
