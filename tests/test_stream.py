@@ -326,12 +326,18 @@ def test_observing_in_parts(tmp_path: Path, name: str, monkeypatch: pytest.Monke
     assert shared.observer.count is None and shared.obs.shape == (N, 2)
 
 
-def test_reconstructions_in_parts_and_evaluation_of_a_random_subset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def fitted_masks() -> tuple[Observations, Tensor]:
+    """Observations and truth, in obs.npz, and a run of one iteration on them."""
     data, x = masked()
-    monkeypatch.chdir(tmp_path)
     write_observations("obs.npz", data, x)
     main(["fit", "--observations", "obs.npz", "--out", "run", "--iters", "1", "--train.steps", "20", "--train.start-steps", "20",
           "--walk.levels", "3", "--wandb", "off", "--device", "cpu"])  # fmt: skip
+    return data, x
+
+
+def test_reconstructions_in_parts_and_evaluation_of_a_random_subset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    data, x = fitted_masks()
     monkeypatch.setattr(commands, "BLOCK", 12 * 11)
     main(["reconstruct", "--run", "run", "--observations", "obs.npz", "--out", "r/", "--device", "cpu"])
     samples, mean = np.load("r/samples.npy"), np.load("r/mean.npy")
@@ -347,11 +353,8 @@ def test_reconstructions_in_parts_and_evaluation_of_a_random_subset(tmp_path: Pa
 
 
 def test_chains_that_leave_the_range_of_the_fit_are_walked_again_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    data, x = masked()
     monkeypatch.chdir(tmp_path)
-    write_observations("obs.npz", data, x)
-    main(["fit", "--observations", "obs.npz", "--out", "run", "--iters", "1", "--train.steps", "20", "--train.start-steps", "20",
-          "--walk.levels", "3", "--wandb", "off", "--device", "cpu"])  # fmt: skip
+    data, x = fitted_masks()
     again = ["reconstruct", "--run", "run", "--observations", "obs.npz", "--samples", "2", "--out", "r.npz", "--device", "cpu"]
     capsys.readouterr()
     main(again)
