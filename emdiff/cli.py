@@ -18,7 +18,7 @@ from yaml import YAMLError
 from emdiff.checks import at_least, positive, suffix
 from emdiff.cli_prior import denoise, sample, train
 from emdiff.errors import LOST, FitFailed, Lost, UsageError
-from emdiff.interrupt import Stopped, listening
+from emdiff.interrupt import Stopped, last_work, listening
 from emdiff.launch import launch, launched
 from emdiff.reading import check_configs, guarded
 from emdiff.settings import TrainSettings, WalkSettings
@@ -314,6 +314,8 @@ FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 def main(arguments: Optional[list[str]] = None) -> None:
     """Run a command; bad input ends with status 2 and one message."""
+    if arguments is None:
+        last_work()
     arguments = [dashes(a) for a in (sys.argv[1:] if arguments is None else arguments)]
     if arguments[:1] == ["check-observer"] and len(arguments) > 1 and not arguments[1].startswith("-"):
         arguments.insert(1, "--name")

@@ -50,7 +50,7 @@ def check() -> None:
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Let signals ask instead of kill, in the main thread."""
+    """Let signals ask instead of kill, in the main thread. Once the `last_work` is done they come too late, and are ignored: its outcome stands."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -59,11 +59,17 @@ def listening() -> Iterator[None]:
     listen()
     try:
         yield
+        before = dict.fromkeys(SIGNALS, signal.SIG_IGN) if _last_work else before
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         _signals.clear()
         _last.clear()
+
+
+def last_work() -> None:
+    """Say that the process ends with what it listens in."""
+    _last_work.append(True)
 
 
 def listen() -> None:
@@ -80,6 +86,8 @@ def at_the_end(last: Callable[[], None]) -> None:
 
 
 _last: list[Callable[[], None]] = []
+
+_last_work: list[bool] = []
 
 
 def _handle(number: int, frame: object) -> None:

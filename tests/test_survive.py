@@ -405,3 +405,12 @@ def test_a_full_disk_under_standard_error_ends_with_2_too(tmp_path: Path) -> Non
     with (tmp_path / "log").open("w") as log:
         command = [sys.executable, "-c", run, "fit", "--observations", str(vectors(tmp_path / "obs.npz")), "--out", str(tmp_path / "run"), *SMALL]
         assert subprocess.run(command, stdout=log, stderr=log).returncode == 2
+
+
+@pytest.mark.parametrize("number", interrupt.SIGNALS)
+def test_signals_after_the_last_work_come_too_late(number: int) -> None:
+    """The outcome stands, as the process ends with status 0; a process that goes on has its handlers back."""
+    program = "import os, sys\nfrom emdiff.interrupt import last_work, listening\nif sys.argv[2] == 'last': last_work()\nwith listening(): pass\n"
+    program += "os.kill(os.getpid(), int(sys.argv[1]))\n"
+    ended = [subprocess.run([sys.executable, "-c", program, str(int(number)), how], capture_output=True).returncode for how in ("last", "first")]
+    assert ended == [0, -number]
