@@ -93,9 +93,9 @@ def fit(
         iters: EM iterations; more than a finished run has continues it.
         start: Where EM starts from; auto says which it took and why.
         guidance: How observations guide walks; auto says which it took and why.
-        relax: Last iteration that may over-relax (coarse jumps, re-noised: fast but biased), which happens only where the last samples spread more
-            than the data, as estimated from the observations. 0: exact iterations only. Unset: no limit where the
-            noise exceeds 2 tau_relax, else 0.
+        relax: Last iteration that may over-relax (jumps, re-noised: fast but biased), which happens only where the last samples spread more
+            than the data, as estimated from the observations, or lie closer to the observations than the noise explains. 0: exact iterations
+            only. Unset: no limit where one of these can be told, else 0.
         init_prior: A prior.safetensors to start from, such as one of `emdiff train`, in place of `start`; its scale of the data is taken too.
         stop: auto ends the fit when the figures that need no truth (chi2, and the agreement of re-observed prior samples with the observations)
             have not improved for three iterations; either way the run's prior for later commands is that of the best iteration with auto, of

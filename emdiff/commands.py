@@ -19,7 +19,6 @@ from emdiff.errors import UsageError
 from emdiff.evaluate import Evaluation, Task, drifts, evaluate, ratios, write_evaluation
 from emdiff.features import feature_module
 from emdiff.figures import is_image, save_rows
-from emdiff.metrics import residual_chi2
 from emdiff.observations import open_data, open_truth
 from emdiff.plan import resolve_device
 from emdiff.posterior import check_shape, run_bound, run_walk, sample_posterior, settled
@@ -68,7 +67,7 @@ def reconstruct_command(run: Path, data: Data, samples: int, out: Path, seed: in
             made = {"samples": stacked, "mean": stacked.mean(1), "std": stacked.std(1)}
             for name, values in made.items():
                 arrays[name][span] = values
-            chi2 += float(residual_chi2(block, stacked[:, 0]).sum()) / len(data)
+            chi2 += float(drawn.chi2[:, 0].sum()) / len(data)
             if not span.start:
                 rows = {"sample 1": stacked[:12, 0], "sample 2": stacked[:12, 1], "mean": made["mean"], "std": made["std"]}
                 save_rows(picture, {"observation": block.obs, **rows} if block.obs.shape[1:] == data.shape else rows)

@@ -32,6 +32,9 @@ from emdiff.unfinished import Batches
 
 Progress = Callable[[int], None]
 
+BLIND = 8.0
+"""What the least known directions of x spread where entries are missing, in units of the data's std: levels are spent below it."""
+
 RETRIES = 3
 """Times a chain that left the data's range is restarted before its last good sample is kept."""
 
@@ -43,7 +46,7 @@ class Walk(NamedTuple):
         guidance: "fused", "cg" or "gmres".
         tau_first: Level at which persistent chains re-enter; infinite starts every chain anew from its observation (fused only).
         tau_last: Level of the last jump.
-        tau_relax: Level of the last jump in over-relaxed iterations.
+        tau_relax: Level of the last jump in iterations that over-relax there (relax); tau_last for none.
         levels: Levels from first to last.
         steps: Langevin steps at each level.
         delta: Their step, in units of the level's tau.
@@ -60,7 +63,7 @@ class Walk(NamedTuple):
     tau_first: float = math.inf
     tau_last: float = 0.1
     tau_relax: float = 0.25
-    levels: int = 32
+    levels: int = 24
     steps: int = 0
     delta: float = 1.0
     gamma: float = 1.0
@@ -125,7 +128,7 @@ def walk_levels(data: Data, walk: Walk) -> list[float]:
     """The levels of a walk on these observations.
 
     From infinity, where all entries are observed, the fused levels fall geometrically from the observations' own noise; where some are
-    not, the levels themselves do, from TAU_FIRST.
+    not, from TAU_FIRST as if fused with noise BLIND.
     """
     if math.isfinite(walk.tau_first):
         return levels(walk.tau_first, walk.tau_last, walk.levels)
@@ -136,13 +139,7 @@ def walk_levels(data: Data, walk: Walk) -> list[float]:
         )
     if found.complete:
         return levels(math.inf, walk.tau_last, walk.levels, found.median)
-    return levels(TAU_FIRST, walk.tau_last, walk.levels)
-
-
-def relaxed_walk(data: Data, walk: Walk) -> Walk:
-    """The walk of an over-relaxed iteration: to tau_relax, with as many levels as the exact walk has above it and one at it."""
-    above = sum(tau > walk.tau_relax for tau in walk_levels(data, walk))
-    return walk._replace(tau_last=walk.tau_relax, levels=max(2, above + 1))
+    return levels(TAU_FIRST, walk.tau_last, walk.levels, BLIND)
 
 
 def walk_batch(

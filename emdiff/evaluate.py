@@ -76,9 +76,11 @@ def evaluate(prior: Prior, task: Task, phase: Phase) -> Evaluation:
     x = sample_prior(prior, task.prior_samples, draw("prior"), progress=phase("prior samples", task.prior_samples))
     host = stream(task.seed, "evaluate", "figures")
     figures, floors = without_truth(task.data, posterior, x, host)
-    arrays = pictures(task.data, posterior.x)
+    arrays = pictures(task.data, posterior)
     if task.truth is not None:
-        more, kept = with_truth(task.data, posterior.x, task.truth, host)
+        y = prior.scale.standardise(task.truth)
+        y = y + posterior.tau * torch.randn(y.shape, generator=host)
+        more, kept = with_truth(posterior, task.truth, residual_chi2(prior.scale.observations(task.data), y, posterior.tau), host)
         figures, arrays = figures | more, arrays | kept
         if is_image(task.data.shape):
             found, floor = in_features(posterior.x[:, 0], x, task.truth, task.features)
@@ -88,8 +90,7 @@ def evaluate(prior: Prior, task: Task, phase: Phase) -> Evaluation:
 
 def without_truth(data: Observations, posterior: Posterior, prior_x: Tensor, generator: torch.Generator) -> tuple[dict[str, float], dict[str, float]]:
     """Figures that need no truth, and the floors of the distances."""
-    L = posterior.x.shape[1]
-    chi2 = torch.stack([residual_chi2(data, posterior.x[:, i]) for i in range(L)], dim=1).double()
+    L, chi2 = posterior.x.shape[1], posterior.chi2.double()
     datum, overall = chi2_spread(data)
     found = agreement(data, prior_x, generator, repeats=4)
     states = cal.projections(posterior.x.flatten(2), 8)
@@ -112,15 +113,17 @@ def without_truth(data: Observations, posterior: Posterior, prior_x: Tensor, gen
     return figures, found.floor
 
 
-def with_truth(data: Observations, x: Tensor, truth: Tensor, generator: torch.Generator) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Figures of posterior samples x (N, L, *S) against the truth (N, *S), and the arrays behind the calibration plots."""
+def with_truth(posterior: Posterior, truth: Tensor, chi2: Tensor, generator: torch.Generator) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Figures of posterior samples (N, L, *S) against the truth (N, *S), whose measurements have residual chi2 (N,), and the arrays behind the
+    calibration plots."""
+    x = posterior.x
     L, mean = x.shape[1], x.mean(1)
     rank = cal.ranks(x, truth, generator)
     u = cal.spread_ranks(rank, L, generator)
     t = cal.tarp(x, truth, generator)
     levels = torch.linspace(0, 1, 41, dtype=torch.float64)
-    statistics = lambda a: torch.cat([cal.projections(a.flatten(1), 8), residual_chi2(data, a)[:, None]], dim=1)  # noqa: E731
-    test = cal.sbc(torch.stack([statistics(x[:, i]) for i in range(L)], dim=1), statistics(truth), generator)
+    statistics = lambda a, chi2: torch.cat([cal.projections(a.flatten(1), 8), chi2[:, None]], dim=1)  # noqa: E731
+    test = cal.sbc(torch.stack([statistics(x[:, i], posterior.chi2[:, i]) for i in range(L)], dim=1), statistics(truth, chi2), generator)
     figures = {
         "error": float((x[:, 0] - truth).square().mean()),
         "error_mean": float((mean - truth).square().mean()),
@@ -170,16 +173,16 @@ def in_features(x: Tensor, prior_x: Tensor, truth: Tensor, name: str) -> tuple[d
     return figures, {"frechet": floor.frechet, "kernel": floor.kernel}
 
 
-def pictures(data: Observations, x: Tensor) -> dict[str, np.ndarray]:
+def pictures(data: Observations, posterior: Posterior) -> dict[str, np.ndarray]:
     """Arrays of the first data, for pictures: mean, std, one sample's standardised residual, obs; and the chi2 of all."""
-    few = data.rows(slice(0, SHOWN))
+    few, x = data.rows(slice(0, SHOWN)), posterior.x
     return {
         "mean": x[:SHOWN].mean(1).numpy(),
         "std": x[:SHOWN].std(1).numpy(),
         "sample": x[:SHOWN, 0].numpy(),
         "obs": few.obs.numpy(),
         "residual": standardised_residual(few, x[:SHOWN, 0]).numpy(),
-        "chi2": residual_chi2(data, x[:, 0]).numpy(),
+        "chi2": posterior.chi2[:, 0].numpy(),
     }
 
 

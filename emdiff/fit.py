@@ -89,7 +89,7 @@ def end_round(
         metrics |= prior_figures(data, fresh, stream(plan.seed, "figures", k))
     rows = on_turn(k, len(data), plan.refresh, plan.seed)
     new = rows_of(samples, rows)
-    metrics |= {"iter": k, **sample_figures(those_of(data, rows), new), **evaluate(new, rows), "seconds": time.perf_counter() - clock}
+    metrics |= {"iter": k, **sample_figures(those_of(data, rows), new), **metrics, **evaluate(new, rows), "seconds": time.perf_counter() - clock}
     run.finish(k, metrics)
     listener.round(k, metrics, pictures)
 

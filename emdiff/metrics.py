@@ -31,18 +31,28 @@ def standardised_residual(data: Observations, x: Tensor) -> Tensor:
     return data.observer.whiten(data.obs - data.observer.forward(x))
 
 
-def residual_chi2(data: Data, x: Array) -> Tensor:
+def residual_chi2(data: Data, x: Array, tau: float = 0.0) -> Tensor:
     """|obs - A x|^2_{cov_obs^-1} / dim of each datum.
 
+    A jump from level tau lacks V[x | y], and with it the part of the residual that is not noise of the observation. Measurements y of that level lack
+    nothing: where observations are measurements z of x of level sigma_z, theirs is |z - y|^2 / (sigma_z^2 + tau^2) / dim.
+
     Args:
-        data: Observations (N, *O).
-        x: Samples (N, *S) in the same units.
+        data: Observations (N, *O); for tau above 0 each a measurement of x.
+        x: Samples, or measurements of level tau, (N, *S) in the same units.
+        tau: Their level.
 
     Returns:
         Shape (N,); expectation 1 and variance 2 / dim at the true x.
     """
     parts = []
     for where, part in batches(data):
+        if tau:
+            z, sigma = part.observer.as_measurement(part.obs)
+            seen = sigma.isfinite().expand(z.shape)
+            square = torch.where(seen, (z - x[where].to(z)).square() / (sigma.square() + tau**2), 0.0)
+            parts.append(square.flatten(1).sum(1) / seen.flatten(1).sum(1).clamp(min=1))
+            continue
         seen = part.observer.observed().expand(part.obs.shape)
         z = standardised_residual(part, x[where])
         parts.append(z.square().flatten(1).sum(1) / seen.flatten(1).sum(1).clamp(min=1))
@@ -137,9 +147,10 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor, torch.Generator], float]] = {
 }
 
 
-def chi2_spread(data: Observations) -> tuple[float, float]:
+def chi2_spread(data: Data) -> tuple[float, float]:
     """What noise alone makes of chi2: the std of one datum's, root mean square over data, and of the mean of all."""
-    seen = data.observer.observed().expand(data.obs.shape).flatten(1).sum(1).clamp(min=1).double()
+    counts = [part.observer.observed().expand(part.obs.shape).flatten(1).sum(1) for _, part in batches(data)]
+    seen = torch.cat(counts).clamp(min=1).double()
     variance = 2 / seen
     return float(variance.mean().sqrt()), float((variance.sum() / len(data) ** 2).sqrt())
 

@@ -24,7 +24,7 @@ class Plan(NamedTuple):
         batch: Data per training step.
         rate: Learning rate.
         refresh: Observations walked anew in each iteration from the second on, in turn; the others keep their last pair, chain and jump. 0 for all.
-        relax: Last iteration that may over-relax; it does so if the samples' spread exceeds the data's.
+        relax: Last iteration that may over-relax, which it does if the samples spread too much or follow the noise (relax).
         maps: Whether observations are fused whose levels differ between entries or data.
         prior_samples: Prior samples drawn per round for figures.
         seed: Seed of everything random.

@@ -7,11 +7,6 @@ re-noised jumps xhat + tau eps loses V[x | y, obs] in every iteration, and the p
 
 so regressing the jump on y_tau has the minimiser of the exact EM update, for every level tau >= tau_last at once.
 
-Exact EM is slow where the prior has too much variance: along a direction of true variance 0 an iteration multiplies s by 1 - (s/(s + n^2))^2.
-Over-relaxed iterations stop the walk at a coarser level tau_relax and re-noise the jump: s becomes about s^2 / (s + tau_relax^2), which ends
-directions of s << tau_relax^2 and costs the others at most tau_relax^2. They are biased, and a direction they have killed comes back only by
-exact EM's slow growth: so an iteration over-relaxes only if the last samples' spread exceeds the data's own, which the observations tell without EM.
-
 The pairs are derived in docs/method.md.
 """
 
@@ -37,11 +32,6 @@ def drawn(draws: Draws) -> Draws:
         return draws
     index = (~draws.kept).nonzero()[:, 0]
     return draws._replace(y=chosen_rows(draws.y, index), x=chosen_rows(draws.x, index), kept=None)
-
-
-def over_relaxed(draws: Draws) -> Draws:
-    """Jumps taken for complete samples, to be re-noised: the biased M-step."""
-    return draws._replace(y=draws.x, tau=0.0)
 
 
 class PairLoss:

@@ -22,6 +22,7 @@ from emdiff.outline import Plan
 from emdiff.pool import applies, noise
 from emdiff.posterior import default_batch, default_pool, default_tau_first
 from emdiff.prior import TAU_FIRST, Prior, check_any_level, choose_network, load_prior
+from emdiff.relax import default_relax
 from emdiff.rows import evenly
 from emdiff.scale import Scale
 from emdiff.start import Choice, choose_start
@@ -71,9 +72,12 @@ def make_plan(config: Config, data: Data, scale: Scale, device: str) -> tuple[Pl
         raise UsageError(f"--walk.tau-first has to be finite with guidance {guidance}; {TAU_FIRST:g} starts every walk anew")
     chains = walk["batch"] or default_batch(device)
     chosen = Walk(**{**walk, "guidance": guidance, "tau_first": tau_first, "tau_last": tau_last, "batch": chains, "pool": pool})
-    relax = config["relax"] if config["relax"] is not None else 0 if start.kind == "mixture" else default_relax(relative, walk["tau_relax"])
-    if relax and not tau_first > walk["tau_relax"]:
-        raise UsageError(f"--walk.tau-relax {walk['tau_relax']:g} is not below --walk.tau-first {tau_first:g}; lower it, or give --relax 0")
+    relax = config["relax"]
+    if relax is None:
+        relax = NO_LIMIT if start.kind != "mixture" and default_relax(relative, guidance, walk["tau_relax"]) else 0
+        chosen = chosen._replace(tau_relax=walk["tau_relax"] if relative > 2 * walk["tau_relax"] else tau_last)
+    if relax and chosen.tau_relax > tau_last and not tau_first > chosen.tau_relax:
+        raise UsageError(f"--walk.tau-relax {chosen.tau_relax:g} is not below --walk.tau-first {tau_first:g}; lower it, or give --relax 0")
     maps = guidance == "fused" and level_maps(data) is not None
     network = choose_network(data.shape, maps)
     if config.get("init_prior"):
@@ -136,11 +140,6 @@ def noise_range(data: Data) -> tuple[float, float]:
 def default_tau_last(noise: float) -> float:
     """0.1, or half the observations' relative noise where that is finer: the prior has to resolve what the observations do. At least 0.005."""
     return max(0.005, min(0.1, 0.5 * noise))
-
-
-def default_relax(noise: float, tau_relax: float) -> int:
-    """No limit where the noise hides what over-relaxation removes, directions of variance below tau_relax^2; none where it does not."""
-    return NO_LIMIT if noise > 2 * tau_relax else 0
 
 
 def default_refresh(count: int, guidance: str, network: str, device: str) -> int:
@@ -251,6 +250,6 @@ def print_plan(data: Data, scale: Scale, plan: Plan, reasons: dict[str, str], ou
         print(f"chains        restart in every iteration from {walk.pool} prior samples, resampled by each observation's likelihood")
     print(f"prior         {plan.network['kind']}, {plan.steps} steps of {plan.batch} per M-step, {first_steps(plan)} in the first, on {plan.device}")
     limit = "" if plan.relax == NO_LIMIT else f", up to iteration {plan.relax}"
-    relaxed = f"over-relaxed where the samples spread more than the data do{limit}" if plan.relax else "exact"
+    relaxed = f"over-relaxed where the samples spread more than the data do, or follow the noise{limit}" if plan.relax else "exact"
     print(f"iterations    {plan.iters}; {relaxed}")
     print(f"run folder    {out}" + (f", continued after round {finished}" if finished >= 0 else ""), flush=True)

@@ -14,6 +14,7 @@ from emdiff.data import Data, Observations
 from emdiff.em import Walk, choose_guidance, e_step
 from emdiff.errors import UsageError
 from emdiff.langevin import STEPS
+from emdiff.metrics import residual_chi2
 from emdiff.noise import depends_on_signal, with_counts
 from emdiff.pool import applies, restart
 from emdiff.prior import TAU_FIRST, Prior
@@ -38,12 +39,16 @@ class Posterior(NamedTuple):
         restarted: Chains that left the data's range and were walked again.
         residual: Mean relative residual of the solves; 0 without a solver.
         iterations: Mean solver iterations.
+        chi2: Residual chi2 of each (N, L): where x are jumps, of the measurements that they were made from.
+        tau: The level of those, standardised; 0 where x are complete samples.
     """
 
     x: Tensor
     restarted: int
     residual: float
     iterations: float
+    chi2: Tensor
+    tau: float = 0.0
 
 
 def run_walk(run: Path, data: Data, device: str) -> Walk:
@@ -152,6 +157,7 @@ def sample_posterior(
     chains = torch.zeros(len(data), *data.shape) if persistent else None
     burn_in = BURN_IN if walk.tau_first < FORGOTTEN and not walk.pool else 0
     x = torch.empty(len(data), count, *data.shape)
+    chi2 = torch.empty(len(data), count)
     restarted, residual, iterations = 0, 0.0, 0.0
     for i in range(-burn_in, count):
         name = f"sample {i + 1} of {count}" if i >= 0 else f"burn-in {i + burn_in + 1} of {burn_in}"
@@ -161,5 +167,8 @@ def sample_posterior(
         chains = end.y if persistent else None
         restarted, residual, iterations = restarted + end.restarted, end.residual, end.iterations
         if i >= 0:
-            x[:, i] = prior.scale.restore(end.x if end.sample is None else end.sample)
-    return Posterior(x, restarted, residual, iterations)
+            last = end.x if end.sample is None else end.sample
+            x[:, i] = prior.scale.restore(last)
+            jumps = end.sample is None and end.tau > 0 and walk.guidance == "fused"
+            chi2[:, i] = residual_chi2(standard, end.y, end.tau) if jumps else residual_chi2(standard, last)
+    return Posterior(x, restarted, residual, iterations, chi2, end.tau if jumps else 0.0)

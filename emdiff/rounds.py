@@ -14,24 +14,22 @@ from torch import Tensor
 
 from emdiff.compiled import for_sampling
 from emdiff.data import Data
-from emdiff.em import Draws, e_step, relaxed_walk
+from emdiff.em import Draws, e_step
 from emdiff.firsts import first_steps, level_maps
 from emdiff.folder import RunFolder
 from emdiff.noise import updated_level
 from emdiff.outline import Listener, Plan
-from emdiff.pairs import PairLoss, drawn, over_relaxed
+from emdiff.pairs import PairLoss, drawn
 from emdiff.pool import restart
 from emdiff.prior import Prior, load_prior
 from emdiff.processes import ALONE, Team
+from emdiff.relax import closes, followed, over_relaxed, relaxed_walk, spreads
 from emdiff.rows import Array, chosen_rows, fill
 from emdiff.scale import Scale
 from emdiff.shrink import keep
 from emdiff.streams import stream, stream_seed
 from emdiff.training import Trained, train
 from emdiff.turns import in_place, on_turn, rows_of, those_of
-
-SPREAD = 1.005
-"""An iteration over-relaxes if the last samples' std exceeds the data's own, estimated from the observations, by this factor."""
 
 QUIET = 128
 """Batch whose gradients leave little enough noise at the full rate."""
@@ -42,7 +40,7 @@ class Walked(NamedTuple):
 
     Attributes:
         draws: Of the observations whose turn it was, as they are trained on.
-        relaxed: Whether the round over-relaxes.
+        relaxed: Whether the round over-relaxes at tau_relax.
         level: The noise level from these draws, in the user's units, where it is not known.
     """
 
@@ -64,10 +62,15 @@ def em_round(
         walked = walk_all(k, data, rows, prior, scale, plan, run, listener, team)
     draws = walked.draws
     x, pairs = merged(k, rows, draws, scale, plan, run, team)
+    close = k > 1 and not walked.relaxed and team.lead(closes, k, plan, those_of(data, rows), draws)
+    pairs = over_relaxed(pairs) if close else pairs
     seconds_e, clock = time.perf_counter() - clock, time.perf_counter()
     trained = m_step(k, prior, pairs, data, plan, run, listener, team)
     metrics = {
-        "over_relaxed": walked.relaxed,
+        **(
+            {"chi2": team.lead(followed, those_of(data, rows), draws)} if plan.walk.guidance == "fused" and draws.tau and draws.sample is None else {}
+        ),
+        "over_relaxed": walked.relaxed or close,
         "loss": trained.loss,
         "retreats": trained.retreats,
         "restarted": draws.restarted,
@@ -93,7 +96,7 @@ def walk_all(
     """The E-step of the observations at `rows`, None for all; each process walks its part of them."""
     some, mine, store = those_of(data, rows), team.rows(len(data), rows), lambda name, shape: run.scratch(k, team.mark(name), shape)
     own, seed = those_of(data, mine), team.seed(plan.seed)
-    relax = k > 1 and over_relaxes(k, plan, run.figure(k - 1, "sample_std"), scale)
+    relax = k > 1 and spreads(k, plan, run.figure(k - 1, "sample_std"), scale)
     bar = listener.phase(f"round {k}: E-step", len(own))
     walk = team.lead(relaxed_walk, some, plan.walk) if relax else plan.walk
     chains = rows_of(run.array(k - 1, "chains"), mine) if k > 1 else None
@@ -169,8 +172,3 @@ def shuffled(draws: Draws, generator: torch.Generator) -> Draws:
     """The pairs in an order that is the same in every round, so that those held out never train."""
     order = torch.randperm(len(draws.x), generator=generator)
     return draws._replace(x=chosen_rows(draws.x, order), y=chosen_rows(draws.y, order), sample=None)
-
-
-def over_relaxes(k: int, plan: Plan, sample_std: float, scale: Scale) -> bool:
-    """Whether round k over-relaxes: the samples of the round before, of std sample_std, spread more than the data do."""
-    return k <= plan.relax and sample_std > SPREAD * scale.std

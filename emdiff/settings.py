@@ -12,7 +12,7 @@ class WalkSettings:
         tau_first: Level at which chains re-enter their walk. Unset: with fused guidance every walk starts anew from its observation; with cg
             or gmres 0.3 where chains restart from a pool, else 20, which leaves nothing of where a chain was.
         tau_last: Level of the last jump: structure finer than this is not resolved. Unset: 0.1, or half the noise of the observations if finer.
-        tau_relax: Level of the last jump in over-relaxed iterations.
+        tau_relax: Level of the last jump where iterations over-relax since samples spread too much; tau_last is taken for noise below twice that.
         levels: Levels from first to last, one network evaluation each.
         steps: Langevin steps at each level.
         delta: Their step, in units of the level.
@@ -29,7 +29,7 @@ class WalkSettings:
     tau_first: Optional[float] = None
     tau_last: Optional[float] = None
     tau_relax: float = 0.25
-    levels: int = 32
+    levels: int = 24
     steps: int = 0
     delta: float = 1.0
     gamma: float = 1.0

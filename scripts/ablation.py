@@ -25,17 +25,17 @@ import torch
 from torch import Tensor
 
 from emdiff.denoise import Denoiser
-from emdiff.em import Draws, Walk, e_step, relaxed_walk
+from emdiff.em import Draws, Walk, e_step
 from emdiff.first_samples import Deviations, deviations, first_samples
 from emdiff.firsts import level_maps
 from emdiff.gaussian import condition, fit_gaussian
 from emdiff.mdae import MDAE
 from emdiff.metrics import residual_chi2
 from emdiff.observations import Observations
-from emdiff.pairs import PairLoss, drawn, over_relaxed
+from emdiff.pairs import PairLoss, drawn
 from emdiff.plan import default_train_batch
 from emdiff.prior import build_network, choose_network, set_precision
-from emdiff.rounds import SPREAD
+from emdiff.relax import SPREAD, over_relaxed, relaxed_walk
 from emdiff.scale import Scale, estimate_scale
 from emdiff.start import antithetic, recorrupt, self_supervised_loss
 from emdiff.streams import stream, stream_seed

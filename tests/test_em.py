@@ -11,12 +11,13 @@ from exact import UnitNoise, covariance, dense, matrix, noise_variance, normal, 
 from torch import Tensor
 
 from emdiff.denoise import Denoiser, GaussianDenoiser
-from emdiff.em import RETRIES, Draws, Walk, choose_guidance, e_step, escaped, posterior, relaxed_walk, walk_levels
+from emdiff.em import BLIND, RETRIES, Draws, Walk, choose_guidance, e_step, escaped, posterior, walk_levels
 from emdiff.gaussian import condition
 from emdiff.guidance import FusedPosterior, PosteriorDenoiser
 from emdiff.observations import Observations
-from emdiff.pairs import PairLoss, over_relaxed
+from emdiff.pairs import PairLoss
 from emdiff.prior import TAU_FIRST
+from emdiff.relax import over_relaxed
 from observers import Identity, Mask, Observer, Projection
 
 B, d, TAU = 5, 3, 0.4
@@ -365,19 +366,7 @@ def test_walks_start_where_something_is_left_to_learn() -> None:
     masked = Observations(normal(B, d), observer("mask", B, (d,)))
     persistent = walk_levels(masked, Walk(tau_first=2.0, levels=5))
     np.testing.assert_allclose(persistent, np.geomspace(2.0, 0.1, 5))
-    np.testing.assert_allclose(walk_levels(masked, Walk(levels=5)), np.geomspace(TAU_FIRST, 0.1, 5))
+    fused = [(tau**-2 + BLIND**-2) ** -0.5 for tau in walk_levels(masked, Walk(levels=5))]
+    np.testing.assert_allclose(fused, np.geomspace((TAU_FIRST**-2 + BLIND**-2) ** -0.5, (100 + BLIND**-2) ** -0.5, 5))
     fused = [(tau**-2 + 0.7**-2) ** -0.5 for tau in walk_levels(whole, Walk(levels=5))]
     np.testing.assert_allclose(fused, np.geomspace(0.7, (100 + 0.7**-2) ** -0.5, 6)[1:])
-
-
-def test_an_over_relaxed_walk_takes_the_steps_of_the_exact_one_as_far_as_it_goes() -> None:
-    """Levels fused with the observations fall by about the same factor: that of the exact walk, up to rounding the number of levels."""
-    n = 1.6
-    whole = Observations(normal(B, d), Identity((d,), torch.tensor(n, dtype=torch.float64)))
-    factor = lambda taus: float(np.diff([math.log(n), *(-0.5 * math.log(t**-2 + n**-2) for t in taus)]).min())  # noqa: E731
-    for walk in (Walk(), Walk(levels=12), Walk(tau_first=0.8, levels=20)):
-        short = relaxed_walk(whole, walk)
-        taus, exact = walk_levels(whole, short), walk_levels(whole, walk)
-        assert taus[-1] == walk.tau_relax and len(taus) < 0.8 * len(exact)
-        if math.isinf(walk.tau_first):
-            assert factor(taus) == pytest.approx(factor(exact), rel=1.5 / len(taus))

@@ -46,6 +46,7 @@ LAYERS = [
     {"pairs", "outline"},
     {"posterior"},
     {"firsts"},
+    {"relax"},
     {"rounds"},
     {"fit", "figures"},
     {"track", "evaluate", "strips", "train"},

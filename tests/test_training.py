@@ -5,16 +5,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from emdiff.em import Draws, Walk
+from emdiff.em import Draws
 from emdiff.errors import FitFailed, UsageError
 from emdiff.metrics import residual_chi2
 from emdiff.observations import Observations
-from emdiff.outline import Plan
 from emdiff.pairs import PairLoss
 from emdiff.prior import Prior, build_network, choose_network, load_prior, sample_prior, save_prior
-from emdiff.rounds import over_relaxes
 from emdiff.scale import Scale
-from emdiff.start import Choice
 from emdiff.streams import stream, stream_seed
 from emdiff.training import train
 from observers import Identity
@@ -143,13 +140,6 @@ def test_the_m_step_learns_the_posterior_mean_of_a_gaussian():
     y = torch.tensor([[-1.0, 0.5], [0.3, 1.2]])
     for tau in (0.2, 0.7, 2.0):
         assert torch.allclose(trained.xhat(y[:, None], torch.tensor([tau])), y / (1 + tau**2), atol=0.1)
-
-
-def test_an_iteration_over_relaxes_only_where_samples_spread_more_than_the_data():
-    plan = Plan(10, Choice("gaussian", ""), Walk(), {}, relax=5)
-    decide = lambda k, std: over_relaxes(k, plan, std, Scale(7.0, 2.0))  # noqa: E731
-    assert decide(2, 2.1) and decide(5, 2.1) and not decide(6, 2.1)
-    assert not decide(2, 2.0) and not decide(2, 2.005) and not decide(2, 1.5)
 
 
 def test_offline_tracking_writes_a_run_and_never_asks(tmp_path, monkeypatch):
