@@ -24,15 +24,13 @@ import torch
 from torch import Tensor
 
 from emdiff.denoise import GaussianDenoiser
+from emdiff.factors import DENSE, Moments, from_moments
 from emdiff.linalg import Solve, cg
 from emdiff.smooth import correlation, correlation_length
 
 if TYPE_CHECKING:
     from emdiff.data import Data, Observations
     from observers import Observer
-
-DENSE = 128
-"""Most entries of x for which posterior covariances are formed in full."""
 
 SMOOTH = 1024
 """Most entries of x of which what a low-rank factor leaves is kept as smooth as the observations say, and not white."""
@@ -97,39 +95,6 @@ def pathwise(prior: GaussianDenoiser, observer: Observer, obs: Tensor, generator
     return x0 + solve_innovation(prior, observer, obs - observer.simulate(x0, generator), tolerance=tolerance).image
 
 
-def factor(cov: Tensor, rank: int, floor: float, sweeps: int = 8, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Write a covariance (d, d) as W W^T + psi^(1/2) C psi^(1/2), W (d, rank), psi diagonal: principal factors, then the variance that is left.
-
-    Args:
-        cov: Symmetric; may have negative eigenvalues.
-        rank: Columns of W.
-        floor: Least psi.
-        sweeps: Alternations between W and psi.
-        root: Of C, a correlation, (d, r); C = I where None.
-
-    Returns:
-        (W, psi), shapes (d, rank) and (d,).
-    """
-    C = torch.eye(len(cov), dtype=cov.dtype, device=cov.device) if root is None else root @ root.T
-    psi = torch.zeros_like(cov.diagonal())
-    for _ in range(sweeps):
-        s, basis = torch.linalg.eigh(cov - psi.sqrt()[:, None] * C * psi.sqrt())
-        W = basis[:, -rank:] * s[-rank:].clamp(min=0).sqrt()
-        psi = (cov.diagonal() - W.square().sum(1)).clamp(min=floor)
-    return W, psi
-
-
-def from_moments(mean: Tensor, cov: Tensor, rank: int, sweeps: int = 8, root: Tensor | None = None) -> GaussianDenoiser:
-    """N(mean, cov), in full for up to DENSE entries, else low rank plus diagonal, or plus C with a variance per entry; mean (*S,), cov (d, d), the
-    others as in `factor`."""
-    if cov.shape[0] <= DENSE:
-        return GaussianDenoiser.from_covariance(mean, cov)
-    W, psi = factor(cov, rank, 1e-6 * float(cov.diagonal().mean().clamp(min=1e-12)), sweeps, root)
-    if root is None:
-        return GaussianDenoiser(mean, W, psi)
-    return GaussianDenoiser(mean, torch.cat([W, psi.sqrt()[:, None] * root], dim=1), torch.zeros_like(psi))
-
-
 def _dense_posteriors(prior: GaussianDenoiser, data: Observations) -> tuple[Tensor, Tensor]:
     """Posterior means (B, d) and the sum of the posterior covariances (d, d), in closed form."""
     shape, d, count = prior.mean.shape, prior.mean.numel(), len(data)
@@ -167,34 +132,18 @@ def em_iteration(
     Returns:
         N(mean, S) of iteration k + 1.
     """
-    d, dense = prior.mean.numel(), prior.mean.numel() <= DENSE
-    moments = Moments(d)
+    d = prior.mean.numel()
+    halves = [Moments(d) for _ in range(1 if d <= DENSE else 2)]
     for i in range(0, len(data), CHUNK):
         batch = data.rows(slice(i, i + CHUNK))
-        if dense:
-            moments.add(*_dense_posteriors(prior, batch))
-        else:
-            moments.add(pathwise(prior, batch.observer, batch.obs, generator, 1e-3).flatten(1))
-    mean, cov = moments.mean_and_covariance(prior.mean, total)
-    return from_moments(mean.reshape(prior.mean.shape), cov, rank, sweeps=2, root=root)
-
-
-class Moments:
-    """Mean and covariance of vectors (N, d) that come in batches, summed in float64 about 0, near which standardised data lie."""
-
-    def __init__(self, d: int) -> None:
-        self.count, self.sum, self.squares = 0, torch.zeros(d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64)
-
-    def add(self, x: Tensor, spread: Tensor | float = 0.0) -> None:
-        """A batch (B, d), and what to add to the sum of its outer products (d, d)."""
-        x = x.double()
-        self.count, self.sum, self.squares = self.count + len(x), self.sum + x.sum(0).cpu(), self.squares + (x.T @ x + spread).cpu()
-
-    def mean_and_covariance(self, like: Tensor, total: Total = alone) -> tuple[Tensor, Tensor]:
-        """(d,) and (d, d), on the device and in the precision of `like`; `total` as in `fit_gaussian`."""
-        count, squares = float(total(torch.tensor(float(self.count), dtype=torch.float64))), total(self.squares)
-        mean = total(self.sum) / count
-        return mean.to(like), (squares / count - torch.outer(mean, mean)).to(like)
+        if d <= DENSE:
+            halves[0].add(*_dense_posteriors(prior, batch))
+            continue
+        x = pathwise(prior, batch.observer, batch.obs, generator, 1e-3).flatten(1)
+        for half, part in zip(halves, (x[::2], x[1::2])):
+            half.add(part)
+    means, covs = zip(*[half.mean_and_covariance(prior.mean, total) for half in halves])
+    return from_moments((sum(means) / len(means)).reshape(prior.mean.shape), list(covs), rank, sweeps=2, root=root)
 
 
 def fit_gaussian(
@@ -222,7 +171,7 @@ def fit_gaussian(
     """
     closed = identity_moments(data, total)
     if closed is not None:
-        return from_moments(*closed, rank)
+        return from_moments(closed[0], [closed[1]], rank)
     prior, root = as_smooth(data, rank, correlation_length(data, generator) if length is None else length)
     for k in range(iterations):
         prior = em_iteration(prior, data, rank, generator, total, root)

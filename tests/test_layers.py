@@ -17,6 +17,7 @@ LAYERS = [
     {"stored", "changes", "smooth"},
     {"folder"},
     {"observations"},
+    {"factors"},
     {"accumulate", "guidance", "gaussian", "deconvolution"},
     {"mixture"},
     {

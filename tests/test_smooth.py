@@ -6,7 +6,8 @@ import pytest
 import torch
 from exact import normal
 
-from emdiff.gaussian import as_smooth, em_iteration, factor
+from emdiff.factors import factor
+from emdiff.gaussian import as_smooth, em_iteration
 from emdiff.observations import Observations
 from emdiff.scale import estimate_scale
 from emdiff.smooth import LENGTHS, correlation, correlation_length, smoothed, space
@@ -101,6 +102,6 @@ def test_a_covariance_is_split_into_factors_and_a_rest_of_known_correlation() ->
     psi = 0.2 + 0.1 * normal(60, seed=2).abs()
     C = root @ root.T
     cov = W @ W.T + psi.sqrt()[:, None] * C * psi.sqrt()
-    V, rest = factor(cov, 3, 1e-6, sweeps=200, root=root)
+    V, rest = factor([cov], 3, 1e-6, sweeps=200, root=root)
     torch.testing.assert_close(V @ V.T, W @ W.T, atol=0.15, rtol=0)
     torch.testing.assert_close(rest, psi, atol=0.1, rtol=0)
