@@ -15,11 +15,12 @@ from timed_command import command
 from torch import Tensor
 
 from emdiff.data import Observations
-from emdiff.em import Draws, Walk, e_step
+from emdiff.em import Draws, Walk
 from emdiff.evaluate import likeness, with_truth
 from emdiff.gaussian import fit_gaussian, pathwise
 from emdiff.metrics import FeatureDistance, residual_chi2, sliced_wasserstein
 from emdiff.pairs import PairLoss
+from emdiff.posterior import Posterior, sample_posterior
 from emdiff.prior import Prior, build_network, choose_network, load_prior, sample_prior, save_prior, set_precision
 from emdiff.scale import Scale, estimate_scale
 from emdiff.streams import stream, stream_seed
@@ -30,11 +31,15 @@ CLEAN_LAST = 0.02
 
 
 class Column(NamedTuple):
-    """Posterior samples (n, L, *S) of the first observations, prior samples (P, *S), in the units of the data, and chains that were restarted."""
+    """Posterior samples of the first observations, and prior samples (P, *S), in the units of the data."""
 
-    posterior: Tensor
+    drawn: Posterior
     prior: Tensor
-    restarted: int = 0
+
+    @property
+    def posterior(self) -> Tensor:
+        """Shape (n, L, *S)."""
+        return self.drawn.x
 
 
 def gaussian_column(data: Observations, n: int, L: int, P: int, seed: int) -> Column:
@@ -43,7 +48,8 @@ def gaussian_column(data: Observations, n: int, L: int, P: int, seed: int) -> Co
     standard, draw = scale.observations(data), stream(seed, "real gaussian")
     fitted, some = fit_gaussian(standard, 10, generator=draw), standard.rows(slice(0, n))
     x = torch.stack([pathwise(fitted, some.observer, some.obs, draw) for _ in range(L)], dim=1)
-    return Column(scale.restore(x), scale.restore(fitted.sample(P, draw)))
+    chi2 = torch.stack([residual_chi2(some, x[:, i]) for i in range(L)], dim=1)
+    return Column(Posterior(scale.restore(x), 0, 0.0, 0.0, chi2), scale.restore(fitted.sample(P, draw)))
 
 
 def clean_prior(file: Path, x: Tensor, masks: tuple[float, ...], steps: int, seed: int) -> Prior:
@@ -65,13 +71,8 @@ def learned_column(prior: Prior, walk: Walk, bound: float, data: Observations, n
     """Samples under a learned prior, walked as in the E-steps of a fit: chains beyond the bound, in units of the data's std, are walked again. A
     prior trained down to a coarser level than the walk's last ends there."""
     walk = walk._replace(tau_last=max(walk.tau_last, prior.tau_last))
-    some, draw, made, restarted = prior.scale.observations(data.rows(slice(0, n))), stream(seed, "real posterior", name), [], 0
-    chains = torch.zeros(n, *data.shape) if math.isfinite(walk.tau_first) else None
-    for _ in range(L):
-        end = e_step(prior.denoiser, some, chains, walk, draw, bound)
-        made.append(prior.scale.restore(end.x if end.sample is None else end.sample))
-        chains, restarted = None if chains is None else end.y, restarted + end.restarted
-    return Column(torch.stack(made, dim=1), sample_prior(prior, P, stream(seed, "real prior", name), 32), restarted)
+    drawn = sample_posterior(prior, data.rows(slice(0, n)), walk, L, stream(seed, "real posterior", name), bound=bound)
+    return Column(drawn, sample_prior(prior, P, stream(seed, "real prior", name), 32))
 
 
 def fitted(file: Path, out: Path, iters: int, seed: int, more: list[str]) -> dict[str, float]:
@@ -101,10 +102,10 @@ class Figures:
         """Errors, PSNR, chi2, coverage of 80 % intervals, and distances of prior samples."""
         n = len(column.posterior)
         data, truth = self.data.rows(slice(0, n)), self.truth[:n]
-        found, _ = with_truth(data, column.posterior, truth, stream(0, "real figures"))
+        found, _ = with_truth(column.drawn, truth, residual_chi2(data, truth), stream(0, "real figures"))
         names = ("error", "error_mean", "psnr", "psnr_mean", "std_ratio", "coverage_80", "coverage_80_weighted")
-        chi2 = float(residual_chi2(data, column.posterior[:, 0]).mean())
-        return {name: found[name] for name in names} | {"chi2": chi2, "restarted": column.restarted} | self.prior(column.prior)
+        chi2 = float(column.drawn.chi2.mean())
+        return {name: found[name] for name in names} | {"chi2": chi2, "restarted": column.drawn.restarted} | self.prior(column.prior)
 
     def naive(self, n: int) -> dict[str, float]:
         """Those of the observation itself."""
