@@ -14,18 +14,16 @@ taken. Length, rate and average are then those of the whole.
 A training that is stopped leaves a state (checkpoint) from which it goes on as if nothing had happened: weights, average, the optimiser's moments,
 the generators, the losses. One whose loss diverges goes back to the last good average, with a rate RETREAT times lower, at most TRIES times.
 
-This is the one file that imports Lightning.
+Lightning is imported here, by the learner, and by what watches it.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import itertools
 import logging
-import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,29 +31,18 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import DDPStrategy
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch import nn
+from torch.utils.data import DataLoader
 
-from emdiff import interrupt
-from emdiff.checkpoint import State, grouped, load_state, save_state
+from emdiff.checkpoint import State, grouped, load_state
 from emdiff.errors import FitFailed
+from emdiff.learner import RETREAT, Indices, Learner, Loss
 from emdiff.memory import Memory, Optimiser
 from emdiff.processes import ALONE, Team
-from emdiff.streams import stream_seed
+from emdiff.watch import Diverged, HeldOut, Reporter, Watch
 
-Loss = Callable[[nn.Module, Tensor, torch.Generator], Tensor]
-
-WARMUP = 50
-"""Steps over which the learning rate rises from 0."""
-
-WINDOW = 20
-"""Steps whose mean loss is looked at for divergence."""
-
-FAR = 10.0
-"""A window's mean loss this many times its running level, and above that of the first window, is divergence."""
-
-RETREAT, TRIES = 4.0, 3
-"""What the rate is divided by after a divergence, and how often that is tried."""
+TRIES = 3
+"""How often a lower rate is tried after a divergence."""
 
 
 class Trained(NamedTuple):
@@ -76,253 +63,6 @@ class Trained(NamedTuple):
     held_out: float | None
     retreats: int = 0
     memory: Memory | None = None
-
-
-class Indices(IterableDataset):
-    """Batches of indices without end: each epoch visits every index once, in an order of its own; the first `skip` batches are left out. Each
-    process of a team has the same batches, and gives its part of each."""
-
-    def __init__(self, index: Tensor, batch: int, generator: torch.Generator, skip: int = 0, team: Team = ALONE) -> None:
-        self.index, self.batch, self.generator, self.skip, self.team = index, min(batch, len(index)), generator, skip, team
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (batch[self.team.part(len(batch))] for batch in itertools.islice(self._batches(), self.skip, None))
-
-    def _batches(self) -> Iterator[Tensor]:
-        while True:
-            order = self.index[torch.randperm(len(self.index), generator=self.generator)]
-            yield from order[: len(order) // self.batch * self.batch].split(self.batch)
-
-
-class Learner(pl.LightningModule):
-    """The denoiser in training, its loss and its moving average.
-
-    Args:
-        denoiser: Where to start from; trained itself.
-        loss: As in `train`.
-        optimiser: As in `train`; its rate is divided by RETREAT for each retreat.
-        steps: Steps of all parts.
-        seed: Seeds the draws.
-        memory: What an earlier part left.
-        resumed: The state within this part that it goes on from.
-        team: The processes that train it together.
-        batch: Data per step, of all of them.
-    """
-
-    def __init__(
-        self, denoiser: nn.Module, loss: Loss, optimiser: Optimiser, steps: int, seed: int, memory: Memory | None = None,
-        resumed: State | None = None, team: Team = ALONE, batch: int = 1,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.denoiser, self.average = denoiser.requires_grad_(True), copy.deepcopy(denoiser).requires_grad_(False)
-        self.team, self.batch = team, batch
-        self.loss_function, self.steps, self.seed, self.resumed = loss, steps, seed, resumed
-        self.first, self.retreats, self.risen, self.slots = 0, 0, 0, dict[str, Tensor]()
-        self.losses: list[Tensor] = []
-        if memory is not None:
-            self._take(memory.weights, memory.average, memory.slots)
-            self.first, self.retreats, self.risen = memory.step, memory.retreats, memory.risen
-        if resumed is not None:
-            self._take(*map(resumed.group, ("weights", "average", "slots")))
-            self.losses, self.risen, self.retreats = list(resumed.tensors["losses"]), resumed.numbers["risen"], resumed.numbers["retreats"]
-        self.optimiser = optimiser._replace(rate=optimiser.rate / RETREAT**self.retreats)
-
-    def _take(self, weights: dict[str, Tensor], average: dict[str, Tensor], slots: dict[str, Tensor]) -> None:
-        """Go on from these."""
-        self.denoiser.load_state_dict(weights)
-        self.average.load_state_dict(average)
-        self.slots = slots
-
-    def done(self) -> int:
-        """Steps taken in all parts."""
-        return self.first + len(self.losses)
-
-    def on_fit_start(self) -> None:
-        """Seed the draws on the device that trains, and those of networks that draw themselves, such as MUVB its latent variables: by another
-        seed, since latent variables that equal the noise of the measurements teach something else."""
-        seed = self.team.seed(self.seed)
-        self.draws = torch.Generator(self.device).manual_seed(seed)
-        torch.manual_seed(stream_seed(seed, "draws of the network"))
-        if self.resumed is not None:
-            self.draws.set_state(self.resumed.tensors["draws"])
-            torch.set_rng_state(self.resumed.tensors["global"])
-            if self.device.type == "cuda":
-                torch.cuda.set_rng_state(self.resumed.tensors["global_cuda"], self.device)
-        self.losses = [loss.to(self.device) for loss in self.losses]
-
-    def training_step(self, index: Tensor, step: int) -> Tensor:
-        """The loss of a batch of indices (B,), shape (): times B over its mean among processes, so that the mean of gradients is that of the data."""
-        loss = self.loss_function(self.denoiser, index, self.draws)
-        if not self.team.alone:
-            loss = loss * (len(index) * self.team.size / self.batch)
-        self.losses.append(self.team.mean(loss.detach()))
-        return loss
-
-    def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
-        """Move the average; buffers, such as the singular vectors of a spectral normalisation, are taken as they are."""
-        i = self.done()
-        weight = 1 - min(1 - 5 / max(self.steps, 10), (1 + i) / (10 + i))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.denoiser.parameters()), weight)
-            for mine, theirs in zip(self.average.buffers(), self.denoiser.buffers()):
-                mine.copy_(theirs)
-
-    def configure_optimizers(self):
-        """Adam or SGD; the rate rises over WARMUP steps, from 0 again after a divergence, and falls linearly to 0 if it is annealed."""
-        how, parameters = self.optimiser, list(self.denoiser.parameters())
-        optimizer = (
-            torch.optim.Adam(parameters, lr=how.rate) if how.name == "adam" else torch.optim.SGD(parameters, lr=how.rate, momentum=how.momentum)
-        )
-        for i, parameter in enumerate(parameters):
-            mine = {key.partition("/")[2]: value for key, value in self.slots.items() if key.startswith(f"{i}/")}
-            if mine:  # in the layout of the parameter, for the sake of the last bit
-                optimizer.state[parameter] = {k: torch.empty_like(parameter).copy_(v) if k != "step" else v.clone() for k, v in mine.items()}
-        first = self.done()
-        fall = lambda i: 1 - i / self.steps if how.anneal else 1.0
-        rise = lambda i: min(1.0, (i - self.risen + 1) / WARMUP)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rise(first + i) * fall(first + i))
-        self.moved = optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def remember(self) -> Memory:
-        """What the next part continues from, on the CPU."""
-        host = lambda state: {name: value.detach().cpu().clone() for name, value in state.items()}
-        return Memory(
-            self.done(), host(self.denoiser.state_dict()), host(self.average.state_dict()), host(self._moments()), self.retreats, self.risen
-        )  # fmt: skip
-
-    def _moments(self) -> dict[str, Tensor]:
-        """The optimiser's tensors, as PARAMETER/NAME."""
-        if not hasattr(self, "moved"):
-            return self.slots
-        slots = ((i, self.moved.state[p]) for i, p in enumerate(self.denoiser.parameters()) if p in self.moved.state)
-        return {f"{i}/{name}": value for i, slot in slots for name, value in slot.items() if value is not None}
-
-    def state(self, of: str) -> State:
-        """All that the steps to come depend on."""
-        tensors = grouped(weights=self.denoiser.state_dict(), average=self.average.state_dict(), slots=self._moments())
-        losses = torch.stack(self.losses).cpu() if self.losses else torch.zeros(0)
-        streams = {"draws": self.draws.get_state(), "global": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            streams["global_cuda"] = torch.cuda.get_rng_state(self.device)
-        tensors |= {"losses": losses} | self.team.collected(streams)
-        return State(of, {"risen": self.risen, "retreats": self.retreats}, tensors)
-
-
-class HeldOut(pl.Callback):
-    """Ends a training when the average's loss on held-out data has not improved for `patience` checks, and keeps the best."""
-
-    def __init__(self, index: Tensor, every: int, patience: int, looks: int = 2048) -> None:
-        self.index, self.every, self.patience = index, every, patience
-        self.repeats = min(4, max(1, looks // len(index)))
-        self.best, self.best_step, self.weights = float("inf"), 0, None
-
-    def remembered(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Numbers and tensors of its state."""
-        return {"best": self.best, "best_step": self.best_step}, grouped(best=self.weights or {})
-
-    def resume(self, state: State) -> None:
-        """Take up a state."""
-        self.best, self.best_step, self.weights = state.numbers["best"], state.numbers["best_step"], state.group("best") or None
-
-    def on_train_batch_end(self, trainer, module: Learner, outputs, batch, batch_idx) -> None:
-        """Check every `every` steps, with the same draws each time."""
-        step = len(module.losses)
-        if step % self.every:
-            return
-        same = torch.Generator(module.device).manual_seed(0)
-        index = self.index.to(module.device)
-        if len(index) >= module.team.size:
-            index = index[module.team.part(len(index))]
-        with torch.no_grad():
-            parts = [module.loss_function(module.average, part, same) for _ in range(self.repeats) for part in index.split(512)]
-        loss = float(module.team.mean(torch.stack(parts).mean()))
-        if loss < self.best:
-            self.best, self.best_step, self.weights = loss, step, copy.deepcopy(module.average.state_dict())
-        trainer.should_stop = step - self.best_step >= self.patience * self.every
-
-
-class Reporter(pl.Callback):
-    """Calls progress(step, loss) after every step."""
-
-    def __init__(self, progress: Callable[[int, float], None], every: int = 20) -> None:
-        self.progress, self.every = progress, every
-
-    def on_train_batch_start(self, trainer, module: Learner, batch, batch_idx) -> None:
-        """Report every few steps, behind the watch, which saves before work ends: reading the loss waits for the device."""
-        if module.losses and len(module.losses) % self.every == 0:
-            self.progress(len(module.losses), float(module.losses[-1]))
-
-    def on_train_end(self, trainer, module: Learner) -> None:
-        """Report the last step."""
-        self.progress(len(module.losses), float(module.losses[-1]))
-
-
-class Diverged(Exception):
-    """The loss left its level; says how, and goes to the last good average."""
-
-
-class Watch(pl.Callback):
-    """Looks after a training: notices divergence, saves states, ends when asked to.
-
-    Attributes:
-        good: The average and the number of steps at the end of the last window that was not divergent.
-    """
-
-    def __init__(self, learner: Learner, held_out: HeldOut | None, path: Path | None, of: str) -> None:
-        self.held_out, self.path, self.of = held_out, path, of
-        self.first, self.level, self.clock = None, None, interrupt.Clock()
-        self.good = (len(learner.losses), copy.deepcopy(learner.average.state_dict()))
-
-    def on_train_start(self, trainer, module) -> None:
-        """Have the signals back, which Lightning takes."""
-        interrupt.listen()
-
-    def on_train_batch_start(self, trainer, module: Learner, batch, batch_idx) -> None:
-        """Between steps, when the average has been moved too: look at the losses of each window; save when it is time."""
-        done = len(module.losses)
-        if done and done % WINDOW == 0:
-            self.look(module)
-        due = bool(done) and done % WINDOW == 0 and self.clock.due()
-        wish = module.team.largest(interrupt.asked() or int(due))  # a signal that any process got; all save, and end, at one step
-        if wish:
-            self.save(module)
-        if wish > 1:
-            raise interrupt.Stopped(wish)
-
-    def look(self, module: Learner) -> None:
-        """Compare the last window with those before it.
-
-        Raises:
-            Diverged: if it is not finite, or far above them.
-        """
-        done = len(module.losses)
-        losses = torch.stack(module.losses[(done - 1) // WINDOW * WINDOW :])
-        mean = float(losses.mean())
-        if not math.isfinite(mean):
-            raise Diverged(f"the training loss became {float(losses[~losses.isfinite()][0])}")
-        if not all(bool(p.isfinite().all()) for p in module.average.parameters()):
-            raise Diverged("the weights stopped being finite")
-        if self.level is not None and self.first is not None and mean > self.first and mean - self.level > (FAR - 1) * abs(self.level):
-            raise Diverged(f"the training loss rose to {mean:.4g} from {self.level:.4g}")
-        self.first = mean if self.first is None else self.first
-        self.level = mean if self.level is None else 0.9 * self.level + 0.1 * mean
-        self.good = (done, copy.deepcopy(module.average.state_dict()))
-
-    def save(self, module: Learner) -> None:
-        """Write the state, if there is a file for it; in a team, all have to be here."""
-        if self.path is None:
-            return
-        state = module.state(self.of)
-        if not module.team.first:
-            return
-        numbers, tensors = self.held_out.remembered() if self.held_out else ({}, {})
-        numbers |= {"level": self.level, "first": self.first, "good": self.good[0]}
-        save_state(self.path, State(self.of, state.numbers | numbers, state.tensors | tensors | grouped(good=self.good[1])))
-
-    def resume(self, state: State) -> None:
-        """Take up a state."""
-        self.first, self.level, self.good = state.numbers["first"], state.numbers["level"], (state.numbers["good"], state.group("good"))
 
 
 def train(

@@ -35,7 +35,8 @@ from emdiff.interrupt import Stopped
 from emdiff.lock import Lock, birth
 from emdiff.observations import Observations
 from emdiff.runs import latest_prior
-from emdiff.training import RETREAT, TRIES, WINDOW, train
+from emdiff.training import RETREAT, TRIES, train
+from emdiff.watch import WINDOW
 from emdiff.written import NewArray
 from observers import Identity
 

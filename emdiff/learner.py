@@ -1,0 +1,156 @@
+r"""A denoiser in training: its loss, moving average, optimiser and draws, and the order of the data."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from emdiff.checkpoint import State, grouped
+from emdiff.memory import Memory, Optimiser
+from emdiff.processes import ALONE, Team
+from emdiff.streams import stream_seed
+
+Loss = Callable[[nn.Module, Tensor, torch.Generator], Tensor]
+
+WARMUP = 50
+"""Steps over which the learning rate rises from 0."""
+
+RETREAT = 4.0
+"""What the rate is divided by after a divergence."""
+
+
+class Indices(IterableDataset):
+    """Batches of indices without end: each epoch visits every index once, in an order of its own; the first `skip` batches are left out. Each
+    process of a team has the same batches, and gives its part of each."""
+
+    def __init__(self, index: Tensor, batch: int, generator: torch.Generator, skip: int = 0, team: Team = ALONE) -> None:
+        self.index, self.batch, self.generator, self.skip, self.team = index, min(batch, len(index)), generator, skip, team
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (batch[self.team.part(len(batch))] for batch in itertools.islice(self._batches(), self.skip, None))
+
+    def _batches(self) -> Iterator[Tensor]:
+        while True:
+            order = self.index[torch.randperm(len(self.index), generator=self.generator)]
+            yield from order[: len(order) // self.batch * self.batch].split(self.batch)
+
+
+class Learner(pl.LightningModule):
+    """The denoiser in training, its loss and its moving average.
+
+    Args:
+        denoiser: Where to start from; trained itself.
+        loss: As in `training.train`.
+        optimiser: As in `training.train`; its rate is divided by RETREAT for each retreat.
+        steps: Steps of all parts.
+        seed: Seeds the draws.
+        memory: What an earlier part left.
+        resumed: The state within this part that it goes on from.
+        team: The processes that train it together.
+        batch: Data per step, of all of them.
+    """
+
+    def __init__(
+        self, denoiser: nn.Module, loss: Loss, optimiser: Optimiser, steps: int, seed: int, memory: Memory | None = None,
+        resumed: State | None = None, team: Team = ALONE, batch: int = 1,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.denoiser, self.average = denoiser.requires_grad_(True), copy.deepcopy(denoiser).requires_grad_(False)
+        self.team, self.batch = team, batch
+        self.loss_function, self.steps, self.seed, self.resumed = loss, steps, seed, resumed
+        self.first, self.retreats, self.risen, self.slots = 0, 0, 0, dict[str, Tensor]()
+        self.losses: list[Tensor] = []
+        if memory is not None:
+            self._take(memory.weights, memory.average, memory.slots)
+            self.first, self.retreats, self.risen = memory.step, memory.retreats, memory.risen
+        if resumed is not None:
+            self._take(*map(resumed.group, ("weights", "average", "slots")))
+            self.losses, self.risen, self.retreats = list(resumed.tensors["losses"]), resumed.numbers["risen"], resumed.numbers["retreats"]
+        self.optimiser = optimiser._replace(rate=optimiser.rate / RETREAT**self.retreats)
+
+    def _take(self, weights: dict[str, Tensor], average: dict[str, Tensor], slots: dict[str, Tensor]) -> None:
+        """Go on from these."""
+        self.denoiser.load_state_dict(weights)
+        self.average.load_state_dict(average)
+        self.slots = slots
+
+    def done(self) -> int:
+        """Steps taken in all parts."""
+        return self.first + len(self.losses)
+
+    def on_fit_start(self) -> None:
+        """Seed the draws on the device that trains, and those of networks that draw themselves, such as MUVB its latent variables: by another
+        seed, since latent variables that equal the noise of the measurements teach something else."""
+        seed = self.team.seed(self.seed)
+        self.draws = torch.Generator(self.device).manual_seed(seed)
+        torch.manual_seed(stream_seed(seed, "draws of the network"))
+        if self.resumed is not None:
+            self.draws.set_state(self.resumed.tensors["draws"])
+            torch.set_rng_state(self.resumed.tensors["global"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(self.resumed.tensors["global_cuda"], self.device)
+        self.losses = [loss.to(self.device) for loss in self.losses]
+
+    def training_step(self, index: Tensor, step: int) -> Tensor:
+        """The loss of a batch of indices (B,), shape (): times B over its mean among processes, so that the mean of gradients is that of the data."""
+        loss = self.loss_function(self.denoiser, index, self.draws)
+        if not self.team.alone:
+            loss = loss * (len(index) * self.team.size / self.batch)
+        self.losses.append(self.team.mean(loss.detach()))
+        return loss
+
+    def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
+        """Move the average; buffers, such as the singular vectors of a spectral normalisation, are taken as they are."""
+        i = self.done()
+        weight = 1 - min(1 - 5 / max(self.steps, 10), (1 + i) / (10 + i))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.denoiser.parameters()), weight)
+            for mine, theirs in zip(self.average.buffers(), self.denoiser.buffers()):
+                mine.copy_(theirs)
+
+    def configure_optimizers(self):
+        """Adam or SGD; the rate rises over WARMUP steps, from 0 again after a divergence, and falls linearly to 0 if it is annealed."""
+        how, parameters = self.optimiser, list(self.denoiser.parameters())
+        optimizer = (
+            torch.optim.Adam(parameters, lr=how.rate) if how.name == "adam" else torch.optim.SGD(parameters, lr=how.rate, momentum=how.momentum)
+        )
+        for i, parameter in enumerate(parameters):
+            mine = {key.partition("/")[2]: value for key, value in self.slots.items() if key.startswith(f"{i}/")}
+            if mine:  # in the layout of the parameter, for the sake of the last bit
+                optimizer.state[parameter] = {k: torch.empty_like(parameter).copy_(v) if k != "step" else v.clone() for k, v in mine.items()}
+        first = self.done()
+        fall = lambda i: 1 - i / self.steps if how.anneal else 1.0
+        rise = lambda i: min(1.0, (i - self.risen + 1) / WARMUP)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rise(first + i) * fall(first + i))
+        self.moved = optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def remember(self) -> Memory:
+        """What the next part continues from, on the CPU."""
+        host = lambda state: {name: value.detach().cpu().clone() for name, value in state.items()}
+        return Memory(
+            self.done(), host(self.denoiser.state_dict()), host(self.average.state_dict()), host(self._moments()), self.retreats, self.risen
+        )  # fmt: skip
+
+    def _moments(self) -> dict[str, Tensor]:
+        """The optimiser's tensors, as PARAMETER/NAME."""
+        if not hasattr(self, "moved"):
+            return self.slots
+        slots = ((i, self.moved.state[p]) for i, p in enumerate(self.denoiser.parameters()) if p in self.moved.state)
+        return {f"{i}/{name}": value for i, slot in slots for name, value in slot.items() if value is not None}
+
+    def state(self, of: str) -> State:
+        """All that the steps to come depend on."""
+        tensors = grouped(weights=self.denoiser.state_dict(), average=self.average.state_dict(), slots=self._moments())
+        losses = torch.stack(self.losses).cpu() if self.losses else torch.zeros(0)
+        streams = {"draws": self.draws.get_state(), "global": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            streams["global_cuda"] = torch.cuda.get_rng_state(self.device)
+        tensors |= {"losses": losses} | self.team.collected(streams)
+        return State(of, {"risen": self.risen, "retreats": self.retreats}, tensors)
