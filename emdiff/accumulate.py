@@ -16,6 +16,9 @@ one evaluation of the denoiser. In one dimension this is exact for normal x at a
 changes the variance by a factor 1 + 3/4 h^2 j (r - j) + O(h^3), where r = 0 (half of w) gives 1 - 3/4 h^2 j^2, and no correction 1 - h j
 (docs/method.md; tests/test_accumulate.py computes these without sampling).
 
+Where a denoiser's estimates are no martingale (moment matching), w holds more than J' e, r would make too much of it, and half of w is added: the first
+term of the series.
+
 Between levels the walk may take Langevin steps at the current tau.
 
 Sources: Chain of log-concave Markov chains (Saremi, Park & Bach 2023); for the limit, Sampling from the Sherrington-Kirkpatrick Gibbs
@@ -125,7 +128,8 @@ def accumulate(
         y = (keep * y).add_(xhat, alpha=1 - keep).add_(e)
         xhat, before, tau = at(y, tau_next), xhat, tau_next
         if corrected:
-            add, r = correction(xhat - before, e, 1 - keep)
+            w, h = xhat - before, 1 - keep
+            add, r = correction(w, e, h) if denoiser.coherent else (h / 2 * w, 0.0)
             y, xhat = y + add, xhat + r * add
         if steps:
             score = lambda z, s=y.new_tensor([tau]): denoiser.score(z, s)  # noqa: E731

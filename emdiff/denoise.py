@@ -42,7 +42,12 @@ class Denoiser(nn.Module, ABC):
 
     Subclasses define `xhat`, differentiable in y; those with a closed form also override `moments`. A denoiser that has one output
     per measurement overrides `nu`.
+
+    Attributes:
+        coherent: Whether the estimates at all levels are those of one law of x, so that they are a martingale along a walk.
     """
+
+    coherent = True
 
     @abstractmethod
     def xhat(self, y: Tensor, sigma: Tensor) -> Tensor:

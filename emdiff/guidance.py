@@ -70,6 +70,9 @@ class PosteriorDenoiser(Denoiser):
         ValueError: for an unknown solver.
     """
 
+    coherent = False
+    """Each level's V is matched anew."""
+
     def __init__(
         self,
         prior: Denoiser,
