@@ -16,8 +16,8 @@ one evaluation of the denoiser. In one dimension this is exact for normal x at a
 changes the variance by a factor 1 + 3/4 h^2 j (r - j) + O(h^3), where r = 0 (half of w) gives 1 - 3/4 h^2 j^2, and no correction 1 - h j
 (docs/method.md; tests/test_accumulate.py computes these without sampling).
 
-Where a denoiser's estimates are no martingale (moment matching), w holds more than J' e, r would make too much of it, and half of w is added: the first
-term of the series.
+Where a denoiser's estimates are no martingale (moment matching), w holds more than J' e, r would make too much of it, and half of w is added: the
+first term of the series.
 
 Between levels the walk may take Langevin steps at the current tau.
 
