@@ -36,8 +36,8 @@ def factor(covs: list[Tensor], rank: int, floor: float, sweeps: int = 8, root: T
 
     The variance of samples along the eigenvectors of their own covariance is too large, by factors where they are fewer than entries, and an EM that
     draws them from what it found last makes more of that in every iteration. So of two covariances, of independent halves of the samples, each gives
-    the variances along the other's eigenvectors, as in cross-validation, and W has both halves' directions. Sweeps begin with
-    all variance in psi, so that W takes what C does not explain.
+    the variances along the other's eigenvectors, as in cross-validation, and W has both halves' directions. Sweeps then begin
+    with all variance in psi, so that W takes what C does not explain.
 
     Args:
         covs: Symmetric; may have negative eigenvalues. One, which is taken for exact, or two.
@@ -53,7 +53,7 @@ def factor(covs: list[Tensor], rank: int, floor: float, sweeps: int = 8, root: T
     """
     C = torch.eye(len(covs[0]), dtype=covs[0].dtype, device=covs[0].device) if root is None else root @ root.T
     diagonal = sum(covs).diagonal() / len(covs)
-    psi = diagonal.clamp(min=floor)
+    psi = torch.zeros_like(diagonal) if len(covs) == 1 else diagonal.clamp(min=floor)
     for _ in range(sweeps):
         B = psi.sqrt()[:, None] * C * psi.sqrt()
         parts = []
