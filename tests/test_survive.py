@@ -411,7 +411,7 @@ def test_a_full_disk_under_standard_error_ends_with_2_too(tmp_path: Path) -> Non
 @pytest.mark.parametrize("number", interrupt.SIGNALS)
 def test_signals_after_the_last_work_come_too_late(number: int) -> None:
     """The outcome stands, as the process ends with status 0; a process that goes on has its handlers back."""
-    program = "import os, sys\nfrom emdiff.interrupt import last_work, listening\nif sys.argv[2] == 'last': last_work()\nwith listening(): pass\n"
-    program += "os.kill(os.getpid(), int(sys.argv[1]))\n"
+    program = "import os, signal, sys\nfrom emdiff.interrupt import last_work, listening\nsignal.signal(int(sys.argv[1]), signal.SIG_DFL)\n"
+    program += "if sys.argv[2] == 'last': last_work()\nwith listening(): pass\nos.kill(os.getpid(), int(sys.argv[1]))\n"
     ended = [subprocess.run([sys.executable, "-c", program, str(int(number)), how], capture_output=True).returncode for how in ("last", "first")]
     assert ended == [0, -number]
