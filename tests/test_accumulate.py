@@ -17,7 +17,7 @@ from torch import Tensor
 
 from emdiff.accumulate import STEEPEST, accumulate, correction, levels
 from emdiff.denoise import GaussianDenoiser
-from emdiff.guidance import FusedPosterior
+from emdiff.guidance import FusedPosterior, PosteriorDenoiser
 from emdiff.streams import stream
 
 N, TAU = 1.62, 0.1
@@ -96,6 +96,21 @@ def test_a_correction_is_the_square_root_along_its_slope_and_off_by_what_the_doc
     alone, slope = correction(0.7 * e, e, 0.6)
     torch.testing.assert_close(e + alone, e / math.sqrt(1 - 0.6 * 0.7))
     torch.testing.assert_close(slope, torch.full_like(slope, 0.7))
+
+
+def test_where_estimates_are_no_martingale_half_of_the_change_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One level of x ~ N(0, s) from tau = 1: by hand. Conjugate gradients are such a denoiser."""
+    s, tau, new = 0.7, 1.0, 0.4
+    target, y, h = scalar_prior(s), normal(5, 1).double(), 1 - (0.4 / 1.0) ** 2
+    target.coherent = False
+    e = normal(5, 1, seed=8).double()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "randn", lambda *shape, **like: e.clone())
+        end = accumulate(target, y, tau, [new])
+    before = s / (s + tau**2) * y
+    predicted = (1 - h) * y + h * before + new * math.sqrt(h) * e
+    torch.testing.assert_close(end.y, predicted + h / 2 * (s / (s + new**2) * predicted - before))
+    assert not PosteriorDenoiser.coherent and FusedPosterior.coherent
 
 
 @pytest.mark.parametrize("w", [0.0, -1.0, 40.0])
