@@ -16,7 +16,7 @@ Along a direction of true variance 0 in which the prior has s, the mean of (z - 
 
 from __future__ import annotations
 
-from emdiff.data import Data
+from emdiff.data import Data, measured
 from emdiff.em import Draws, Walk, walk_levels
 from emdiff.metrics import chi2_spread, residual_chi2
 from emdiff.noise import depends_on_signal
@@ -46,16 +46,18 @@ def relaxed_walk(data: Data, walk: Walk) -> Walk:
     return walk._replace(tau_last=walk.tau_relax, levels=max(2, above + 1))
 
 
-def closes(k: int, plan: Plan, data: Data, draws: Draws) -> bool:
-    """Whether round k re-noises the jumps of its draws: they are closer to the observations than noise, if it is known, and chance explain."""
-    if k > plan.relax or plan.walk.guidance != "fused" or plan.level is not None or depends_on_signal(data):
+def closes(k: int, plan: Plan, data: Data, chi2: float) -> bool:
+    """Whether round k re-noises the jumps of its draws: their chi2 (`followed`) is below what noise, if it is known, and chance explain."""
+    if k > plan.relax or plan.level is not None or chi2 >= CLOSE or depends_on_signal(data):
         return False
-    found = followed(data, draws)
-    return found < CLOSE and found < 1 - 4 * chi2_spread(data)[1]
+    return chi2 < 1 - 4 * chi2_spread(data)[1]
 
 
-def followed(data: Data, draws: Draws) -> float:
-    """The residual chi2 of the draws' measurements, over data of which something was seen and whose chains were not kept; 1 for none."""
+def followed(data: Data, draws: Draws) -> float | None:
+    """The residual chi2 of the draws' measurements, over data of which something was seen and whose chains were not kept; 1 for none. None where
+    draws are complete samples, or observations no measurements of x."""
+    if not draws.tau or draws.sample is not None or measured(data.rows(slice(0, 1))) is None:
+        return None
     chi2 = residual_chi2(data, draws.y, draws.tau)
     counts = (chi2 > 0) if draws.kept is None else (chi2 > 0) & ~draws.kept.to(chi2.device)
     return float(chi2[counts].double().mean()) if bool(counts.any()) else 1.0

@@ -62,14 +62,13 @@ def em_round(
         walked = walk_all(k, data, rows, prior, scale, plan, run, listener, team)
     draws = walked.draws
     x, pairs = merged(k, rows, draws, scale, plan, run, team)
-    close = k > 1 and not walked.relaxed and team.lead(closes, k, plan, those_of(data, rows), draws)
+    chi2 = team.lead(followed, those_of(data, rows), draws)
+    close = k > 1 and chi2 is not None and team.lead(closes, k, plan, those_of(data, rows), chi2)
     pairs = over_relaxed(pairs) if close else pairs
     seconds_e, clock = time.perf_counter() - clock, time.perf_counter()
     trained = m_step(k, prior, pairs, data, plan, run, listener, team)
     metrics = {
-        **(
-            {"chi2": team.lead(followed, those_of(data, rows), draws)} if plan.walk.guidance == "fused" and draws.tau and draws.sample is None else {}
-        ),
+        **({} if chi2 is None else {"chi2": chi2}),
         "over_relaxed": walked.relaxed or close,
         "loss": trained.loss,
         "retreats": trained.retreats,
