@@ -42,11 +42,13 @@ class Walked(NamedTuple):
         draws: Of the observations whose turn it was, as they are trained on.
         relaxed: Whether the round over-relaxes at tau_relax.
         level: The noise level from these draws, in the user's units, where it is not known.
+        chi2: Of the measurements that they are jumps from (`followed`).
     """
 
     draws: Draws
     relaxed: bool = False
     level: float | None = None
+    chi2: float | None = None
 
 
 def em_round(
@@ -62,8 +64,8 @@ def em_round(
         walked = walk_all(k, data, rows, prior, scale, plan, run, listener, team)
     draws = walked.draws
     x, pairs = merged(k, rows, draws, scale, plan, run, team)
-    chi2 = team.lead(followed, those_of(data, rows), draws)
-    close = k > 1 and chi2 is not None and team.lead(closes, k, plan, those_of(data, rows), chi2)
+    chi2 = walked.chi2
+    close = k > 1 and not walked.relaxed and chi2 is not None and team.lead(closes, k, plan, those_of(data, rows), chi2)
     pairs = over_relaxed(pairs) if close else pairs
     seconds_e, clock = time.perf_counter() - clock, time.perf_counter()
     trained = m_step(k, prior, pairs, data, plan, run, listener, team)
@@ -109,7 +111,7 @@ def walk_all(
     if plan.level is not None:
         complete = (draws.y, draws.tau) if draws.sample is None else (draws.sample, 0.0)
         level = scale.std * team.lead(updated_level, some, *complete, stream(plan.seed, "noise", k))
-    return Walked(over_relaxed(draws) if relax else draws, relax, level)
+    return Walked(over_relaxed(draws) if relax else draws, relax, level, team.lead(followed, some, draws))
 
 
 def of_all(k: int, draws: Draws, run: RunFolder, team: Team) -> Draws:
