@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from test_cli import SMALL, here, vectors  # noqa: F401
 from torch import Tensor
 
-from emdiff.data import Observations
+from emdiff.cli import main
+from emdiff.data import Data, Observations
 from emdiff.denoise import GaussianDenoiser
 from emdiff.em import Draws, Walk, e_step, walk_levels
 from emdiff.metrics import chi2_spread, residual_chi2
 from emdiff.outline import Choice, Plan
+from emdiff.pairs import PairLoss
 from emdiff.relax import CLOSE, SPREAD, closes, default_relax, followed, over_relaxed, relaxed_walk, spreads
 from emdiff.scale import Scale
 from emdiff.streams import stream
@@ -120,3 +126,28 @@ def test_an_over_relaxed_walk_takes_the_steps_of_the_exact_one_as_far_as_it_goes
         assert taus[-1] == walk.tau_relax and len(taus) < 0.8 * len(exact)
         if math.isinf(walk.tau_first):
             assert factor(taus) == pytest.approx(factor(exact), rel=1.5 / len(taus))
+
+
+@pytest.mark.parametrize("turns", [[], ["--train.refresh", "60"]])
+def test_draws_that_follow_the_noise_make_a_round_train_on_re_noised_jumps_of_all(turns: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In rounds 2 and 4 of a fit: the chi2 told is that of the rule's question, pairs are complete samples, and the others are exact."""
+    asked, trained = [], []
+
+    class Recorded(PairLoss):
+        def __init__(self, draws: Draws, *rest: Any, **more: Any) -> None:
+            super().__init__(draws, *rest, **more)
+            trained.append(draws)
+
+    def even(k: int, plan: Plan, data: Data, chi2: float) -> bool:
+        asked.append((k, chi2))
+        return k % 2 == 0
+
+    monkeypatch.setattr("emdiff.rounds.PairLoss", Recorded)
+    monkeypatch.setattr("emdiff.rounds.closes", even)
+    vectors("obs.npz")
+    main(["fit", "--observations", "obs.npz", "--iters", "4", "--out", "run", "--start", "self-supervised", *SMALL, *turns])
+    rounds = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()][1:]
+    assert [k for k, _ in asked] == [2, 3, 4] and [row["over_relaxed"] for row in rounds] == [False, True, False, True]
+    assert [row["chi2"] for row in rounds[1:]] == [chi2 for _, chi2 in asked]
+    assert [draws.tau for draws in trained] == [0, 0, Walk().tau_last, 0] and all(len(draws.x) == 200 for draws in trained)
+    assert all(torch.equal(draws.y[:], draws.x[:]) == (draws.tau == 0) for draws in trained)
