@@ -31,7 +31,7 @@ from emdiff.strips import file_uri
 BUDGET = 9_000_000
 """Bytes of pictures in a page; of a run with more, some iterations are left out of the galleries."""
 
-LARGE = 1 << 20
+LARGE = 1 << 17
 """Characters of a page after which its leavings are collected at once."""
 
 GALLERIES = {
