@@ -8,12 +8,16 @@ datum to datum, a budget of work ends the fits before that.)
 
 Where several Gaussians are better, how many is seldom certain, and a wrong choice costs as much as an average of fits gains. So none is made: the
 densities p_J that were fitted with J Gaussians are mixed with the shares s_J that maximise the held-out likelihood, sum_i log sum_J s_J p_J(obs_i)
-(stacking), a concave problem solved by EM. Up to MEMBERS fits to all observations from starts of their own, as many of each J as its share says, are
-averaged. A mixture of mixtures is a mixture; by Jensen's inequality its log-likelihood is at least the members' mean, on observations that no fit
-has seen too. Fits end after STEPS or MEMBER_STEPS E-steps: on data whose truth is no mixture, further ones fit the noise (docs/exact.md).
+(stacking), a concave problem solved by EM. Up to MEMBERS fits to all observations, as many of each J as its share says, are averaged. A mixture of
+mixtures is a mixture; by Jensen's inequality its log-likelihood is at least the members' mean, on observations that no fit has seen too. Fits end
+after STEPS E-steps: on data whose truth is no mixture, further ones fit the noise (docs/exact.md).
+
+The likelihood has many maxima, and with few Gaussians some are bad. Every J is therefore fitted from several starts, held-out fifths included: once
+by splitting, else from as many equal Gaussians at random places. A fit whose likelihood is less than the best's by more than what its parameters can
+have gained by fitting noise, half a unit for each over the N observations (Akaike 1974), is at a bad one and is left out (good).
 
 Sources: Extreme deconvolution (Bovy, Hogg & Roweis 2011); Linearly combining density estimators via stacking (Smyth & Wolpert 1999); Bagging
-predictors (Breiman 1996) for the average.
+predictors (Breiman 1996) for the average; A new look at the statistical model identification (Akaike 1974).
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from emdiff.deconvolution import Mixture, Whitened, expect, fit, split, whitened
+from emdiff.deconvolution import Fit, Mixture, Whitened, expect, fit, split, whitened
 from emdiff.mixture import MixtureDenoiser
 
 if TYPE_CHECKING:
@@ -48,10 +52,10 @@ STACKING = 500
 """EM iterations for the shares of numbers of components."""
 
 STEPS = 40
-"""E-steps of a fit with several components that stands alone."""
+"""E-steps of a fit with several components."""
 
-MEMBER_STEPS = 60
-"""E-steps of a fit that is averaged with others: the average takes back part of what further ones fit of the noise."""
+SCATTERED = 16
+"""Gaussians that are scattered at random for further starts of each fit: more starts of few, where bad maxima are."""
 
 WORK = 1e10
 """Multiplications that a fit of several components may take, some ten seconds of a processor core; one Gaussian may take three times as many."""
@@ -78,7 +82,7 @@ class Candidates(NamedTuple):
 
     Attributes:
         models: By number of components.
-        held_out: log-likelihood of each observation that a fit has not seen (n,), by number of components.
+        held_out: log-likelihood of each observation that a fit has not seen (n,), by number of components; under the average of its good fits.
         best: Number of components of the best; 1 unless more are better by a standard error.
     """
 
@@ -110,21 +114,21 @@ def fit_mixture(data: Data, generator: torch.Generator, progress: Callable[[int]
     order = torch.randperm(len(data), generator=generator)[:MOST]
     seen = whitened(data.rows(order))
     floor = least_variance(seen)
-    found = candidates(seen, floor, progress)
+    found = candidates(seen, floor, generator, progress)
     J, held_out = found.best, {J: float(value.mean()) for J, value in found.held_out.items()}
     if J == 1:
         done = fit(found.models[1], seen, floor, steps(seen, 1, 3 * WORK, 300), 1e-10)
         return Start(denoiser(done.mixture), {1: 1}, held_out, done.iterations)
-    members = share_out(found.shares(), J, lambda J: MEMBER_STEPS * work(seen, J))
+    members = share_out(found.shares(), J, lambda J: STEPS * work(seen, J))
     if members == {J: 1}:
         done = fit(found.models[J], seen, floor, STEPS)
         return Start(denoiser(done.mixture), members, held_out, done.iterations)
-    fits = []
+    parts, weights, kept, done = [], [], {}, STAGES - MEMBERS
     for J, count in members.items():
-        for _ in range(count):
-            fits.append(fit(scattered(found.models[J], seen, generator), seen, floor, MEMBER_STEPS))
-            progress(STAGES - MEMBERS + len(fits))
-    return Start(denoiser(average([f.mixture for f in fits])), members, held_out, fits[-1].iterations)
+        fits = good(fits_from(found.models[J], seen, floor, max(count, starts(J)), STEPS, generator), len(seen.obs))[:count]
+        parts, weights, kept[J], done = parts + [f.mixture for f in fits], weights + [count / len(fits)] * len(fits), len(fits), done + count
+        progress(done)
+    return Start(denoiser(average(parts, weights)), kept, held_out, fits[-1].iterations)
 
 
 STAGES = round(math.log2(COMPONENTS)) + 1 + MEMBERS
@@ -151,19 +155,45 @@ def share_out(shares: dict[int, float], best: int, cost: Callable[[int], float])
     return {best: 1}
 
 
-def candidates(data: Whitened, floor: float, progress: Callable[[int], None] = lambda done: None) -> Candidates:
+def starts(components: int) -> int:
+    """How many starts a fit has at least."""
+    return 1 + min(components, max(1, SCATTERED // components)) * (components > 1)
+
+
+def fits_from(model: Mixture, data: Whitened, floor: float, count: int, iterations: int, generator: torch.Generator) -> list[Fit]:
+    """One fit from `model`, and further ones from starts scattered by it: `count` in all."""
+    others = [scattered(model, data, generator) for _ in range(count - 1)]
+    return [fit(start, data, floor, iterations) for start in [model, *others]]
+
+
+def good(fits: list[Fit], count: int) -> list[Fit]:
+    """Fits to `count` observations, the best first, without those of a bad maximum: less likely than the best by more than half a unit for each of
+    its parameters.
+
+    >>> like = lambda value: Fit(Mixture(torch.ones(2), torch.zeros(2, 1), torch.ones(2, 1, 1)), value, 1)
+    >>> [f.log_likelihood for f in good([like(-1.01), like(-1.0), like(-1.03)], 100)]  # of 5 parameters
+    [-1.0, -1.01]
+    """
+    fits = sorted(fits, key=lambda f: -f.log_likelihood)
+    J, d = fits[0].mixture.means.shape
+    return [f for f in fits if count * (fits[0].log_likelihood - f.log_likelihood) <= (J * (1 + d + d * (d + 1) / 2) - 1) / 2]
+
+
+def candidates(data: Whitened, floor: float, generator: torch.Generator, progress: Callable[[int], None] = lambda done: None) -> Candidates:
     """Fit one component, and twice as many as before until held-out fifths say that they are too many, or work or data do."""
     N, d = len(data.obs), data.A.shape[-1]
-    cut, most = N - max(1, N // 5), 5 if 5 * STEPS * work(data, COMPONENTS) < WORK / 2 else 1
-    turned = [torch.arange(N).roll(i * (N - cut)) for i in range(most)]
+    cut, cheap = N - max(1, N // 5), 5 * STEPS * work(data, COMPONENTS) < WORK / 2
+    turned = [torch.arange(N).roll(i * (N - cut)) for i in range(5 if cheap else 1)]
     folds = [(data.rows(order[:cut]), data.rows(order[cut:])) for order in turned]
     like = {"dtype": data.obs.dtype, "device": data.obs.device}
-    models = [Mixture(torch.ones(1, **like), torch.zeros(1, d, **like), torch.eye(d, **like)[None])] * most
+    models = [Mixture(torch.ones(1, **like), torch.zeros(1, d, **like), torch.eye(d, **like)[None])] * len(folds)
     found = Candidates({}, {}, 1)
     while True:
         few = steps(folds[0][0], len(models[0].weights), WORK, STEPS)
-        models = [fit(model, seen, floor, few).mixture for model, (seen, _) in zip(models, folds)]
-        J, value = len(models[0].weights), torch.cat([expect(model, other).log_likelihood for model, (_, other) in zip(models, folds)])
+        J = len(models[0].weights)
+        fitted = [good(fits_from(model, seen, floor, starts(J) if cheap else 1, few, generator), cut) for model, (seen, _) in zip(models, folds)]
+        value = torch.cat([expect(average([f.mixture for f in fits]), other).log_likelihood for fits, (_, other) in zip(fitted, folds)])
+        models = [fits[0].mixture for fits in fitted]
         found.models[J], found.held_out[J] = models[0], value
         progress(len(found.models))
         gain = value - found.held_out[1]
@@ -203,10 +233,12 @@ def scattered(model: Mixture, data: Whitened, generator: torch.Generator) -> Mix
     return Mixture(torch.full_like(model.weights, 1 / J), means, cov.expand(J, d, d))
 
 
-def average(models: list[Mixture]) -> Mixture:
-    """The mixture of mixtures, all of the same weight."""
+def average(models: list[Mixture], shares: list[float] | None = None) -> Mixture:
+    """The mixture of mixtures, in these shares of any sum, or all alike."""
+    shares = shares or [1.0] * len(models)
     weights, means, covs = (torch.cat(parts) for parts in zip(*models))
-    return Mixture(weights / len(models), means, covs)
+    each = torch.cat([torch.full_like(model.weights, share / sum(shares)) for model, share in zip(models, shares)])
+    return Mixture(weights * each, means, covs)
 
 
 def denoiser(model: Mixture) -> MixtureDenoiser:

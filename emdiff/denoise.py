@@ -146,10 +146,12 @@ class GaussianDenoiser(Denoiser):
         inner = torch.einsum("dr,bd,bds->brs", self.factor, P, G)
         root = torch.linalg.cholesky(inner + torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device))
 
+        H = torch.linalg.solve_triangular(root, G.mT, upper=False)  # G (I + W^T P G)^-1 G^T = H^T H
+
         def product(u: Tensor) -> Tensor:
             flat = u.flatten(1)
-            along = torch.cholesky_solve(torch.einsum("bdr,bd->br", G.expand(len(flat), -1, -1), flat)[..., None], root)
-            return (self.psi * shrunk * flat + torch.einsum("bdr,br->bd", G.expand(len(flat), -1, -1), along[..., 0])).reshape(u.shape)
+            along = (flat @ H[0].T) @ H[0] if len(H) == 1 else ((flat[:, None] @ H.mT) @ H)[:, 0]
+            return (self.psi * shrunk * flat + along).reshape(u.shape)
 
         return product
 

@@ -48,6 +48,7 @@ class Walk(NamedTuple):
         tau_last: Level of the last jump.
         tau_relax: Level of the last jump in iterations that over-relax there (relax); tau_last for none.
         levels: Levels from first to last.
+        corrected: Give back the spread that predictions drop (accumulate); without, few levels end nearer to the mean, and narrower.
         steps: Langevin steps at each level.
         delta: Their step, in units of the level's tau.
         gamma: Their friction, per unit time in which tau is 1.
@@ -64,6 +65,7 @@ class Walk(NamedTuple):
     tau_last: float = 0.1
     tau_relax: float = 0.25
     levels: int = 24
+    corrected: bool = True
     steps: int = 0
     delta: float = 1.0
     gamma: float = 1.0
@@ -157,7 +159,7 @@ def walk_batch(
         tau, taus = taus[0], taus[1:]
         eps = torch.randn(chains.shape, generator=generator, dtype=chains.dtype, device=chains.device)
         y = chains + math.sqrt(max(tau**2 - tau_chains**2, 0.0)) * eps
-    end = accumulate(target, y, tau, taus, generator, True, walk.steps, walk.delta, walk.gamma, STEPS[walk.step])
+    end = accumulate(target, y, tau, taus, generator, walk.corrected, walk.steps, walk.delta, walk.gamma, STEPS[walk.step])
     if not isinstance(target, PosteriorDenoiser):
         return Draws(end.y, end.xhat, end.tau)
     residual, iterations = float(target.solve.residual.mean()), float(target.solve.iterations.float().mean())

@@ -14,6 +14,7 @@ class WalkSettings:
         tau_last: Level of the last jump: structure finer than this is not resolved. Unset: 0.1, or half the noise of the observations if finer.
         tau_relax: Level of the last jump where iterations over-relax since samples spread too much; tau_last is taken for noise below twice that.
         levels: Levels from first to last, one network evaluation each.
+        corrected: Give back the spread of x that each level's prediction drops. Without, walks of few levels have less error and too little spread.
         steps: Langevin steps at each level.
         delta: Their step, in units of the level.
         gamma: Their friction, per unit time in which the level is 1.
@@ -30,6 +31,7 @@ class WalkSettings:
     tau_last: Optional[float] = None
     tau_relax: float = 0.25
     levels: int = 24
+    corrected: bool = True
     steps: int = 0
     delta: float = 1.0
     gamma: float = 1.0

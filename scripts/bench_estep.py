@@ -10,7 +10,8 @@ digits r, r + 1, ... of --count, with every method in turn. Quality is over all 
 
     theirs    ddpm: ancestral sampling, 64 steps, moment matching with 1, 3, 5 iterations of conjugate gradients (estep_peers.ddpm)
               azula: MMPSDenoiser in azula's DDPMSampler, 64 steps, its default schedule, GMRES with 1 and 3 iterations (estep_peers.mmps)
-    ours      the E-step's walk (em.walk_batch) at several budgets of levels, and of iterations with cg; its result is the jump at the last level
+    ours      the E-step's walk (em.walk_batch) at several budgets of levels, and of iterations with cg; its result is the jump at the last level.
+              Some leave out the correction (Walk.corrected), which ddpm does not have either: such samples are narrower
 
 A key X_vs_Y is  median seconds of our cheapest budget that is as good as theirs  /  median seconds of theirs,  for the setting of theirs (number of
 iterations) where this ratio is largest; "as good" is error <= theirs and |chi2 - 1| <= |theirs - 1| + s, with s the standard error of their chi2
@@ -62,6 +63,11 @@ STEP_LEVEL = 0.5
 OTHER_STARTS = ((24, 3, TAU_FIRST), (12, 1, 10.0), (16, 1, 10.0), (18, 1, 100.0), (24, 1, 100.0))
 """More budgets of cg: levels, iterations, first level; ddpm had its pick of first levels too."""
 
+UNCORRECTED = {"fused": (4, 6, 8, 12, 16), "cg": (8, 10, 12, 16, 20, 24)}
+"""Levels of budgets without correction, as ddpm has none; those of cg have one iteration, and levels from TAU_FIRST to UNCORRECTED_LAST."""
+
+UNCORRECTED_LAST = 0.2
+
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 Sampler = Callable[[Prior, Observations, int], Tensor]
@@ -91,9 +97,11 @@ def observe(kind: str, x: Tensor, seed: int) -> Observations:
     return Observations(observer.simulate(x, stream(seed, "bench noise")), observer)
 
 
-def ours(guidance: str, levels: int, iterations: int = 3, tau_first: float = math.inf) -> Sampler:
+def ours(
+    guidance: str, levels: int, iterations: int = 3, tau_first: float = math.inf, tau_last: float = Walk().tau_last, corrected: bool = True
+) -> Sampler:
     """The E-step's walk with its defaults but for the budget; every walk starts anew."""
-    walk = Walk(guidance, tau_first, levels=levels, iterations=iterations)
+    walk = Walk(guidance, tau_first, tau_last, levels=levels, iterations=iterations, corrected=corrected)
 
     def sample(prior: Prior, data: Observations, seed: int) -> Tensor:
         with torch.no_grad():
@@ -107,9 +115,12 @@ def budgets(quick: bool) -> dict[str, dict[str, Sampler]]:
     """Our walks, by kind of guidance and name."""
     fused = (4, 8) if quick else (4, 6, 8, 12, 16, 24, 32)
     cg = ((4, 1, TAU_FIRST),) if quick else tuple((n, 1, TAU_FIRST) for n in (8, 12, 16, 24)) + OTHER_STARTS
+    few = {"fused": (), "cg": ()} if quick else UNCORRECTED
     return {
-        "fused": {f"fused, {n} levels": ours("fused", n) for n in fused},
-        "cg": {f"cg, {n} levels from {first:g}, at most {k} iterations": ours("cg", n, k, first) for n, k, first in cg},
+        "fused": {f"fused, {n} levels": ours("fused", n) for n in fused}
+        | {f"fused, {n} levels, uncorrected": ours("fused", n, corrected=False) for n in few["fused"]},
+        "cg": {f"cg, {n} levels from {first:g}, at most {k} iterations": ours("cg", n, k, first) for n, k, first in cg}
+        | {f"cg, {n} levels, uncorrected": ours("cg", n, 1, TAU_FIRST, UNCORRECTED_LAST, False) for n in few["cg"]},
     }
 
 

@@ -16,9 +16,12 @@ from exact import UnitNoise, normal
 from torch import Tensor
 
 from emdiff.accumulate import STEEPEST, accumulate, correction, levels
+from emdiff.data import Observations
 from emdiff.denoise import GaussianDenoiser
+from emdiff.em import Walk, walk_batch, walk_levels
 from emdiff.guidance import FusedPosterior, PosteriorDenoiser
 from emdiff.streams import stream
+from observers import Identity
 
 N, TAU = 1.62, 0.1
 SPREADS = np.logspace(-3, math.log10(50), 60)
@@ -75,6 +78,19 @@ def bias(s: float, count: int) -> float:
 def test_the_library_is_the_recursion(monkeypatch: pytest.MonkeyPatch, s: float, corrected: bool) -> None:
     for taus in (levels(math.inf, TAU, 7, N), [3.0, 0.9, 0.8]):
         np.testing.assert_allclose(library(monkeypatch, s, taus, corrected), recursion(s, taus, corrected), rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_an_e_step_leaves_the_correction_out_where_asked(monkeypatch: pytest.MonkeyPatch, corrected: bool) -> None:
+    s, asked = 0.4, Walk(levels=5, corrected=corrected)
+    obs = torch.zeros(6, 1, dtype=torch.float64)
+    obs[0] = 1
+    data = Observations(obs, Identity((1,), torch.tensor(N, dtype=torch.float64)))
+    taus = walk_levels(data, asked)
+    assert len(taus) == 5
+    monkeypatch.setattr(torch, "randn", UnitNoise(1))
+    end = walk_batch(scalar_prior(s), data, None, asked, taus, torch.Generator(), 0.0)
+    np.testing.assert_allclose(end.x[:, 0], recursion(s, taus, corrected), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("count", [3, 8, 32])
