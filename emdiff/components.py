@@ -167,16 +167,15 @@ def fits_from(model: Mixture, data: Whitened, floor: float, count: int, iteratio
 
 
 def good(fits: list[Fit], count: int) -> list[Fit]:
-    """Fits to `count` observations, the best first, without those of a bad maximum: less likely than the best by more than half a unit for each of
-    its parameters.
+    """Fits to `count` observations without those of a bad maximum: less likely than the best by more than half a unit for each parameter. Among
+    the others the likelihood says how far a fit has followed the noise, so they stay in the order they come in.
 
     >>> like = lambda value: Fit(Mixture(torch.ones(2), torch.zeros(2, 1), torch.ones(2, 1, 1)), value, 1)
     >>> [f.log_likelihood for f in good([like(-1.01), like(-1.0), like(-1.03)], 100)]  # of 5 parameters
-    [-1.0, -1.01]
+    [-1.01, -1.0]
     """
-    fits = sorted(fits, key=lambda f: -f.log_likelihood)
-    J, d = fits[0].mixture.means.shape
-    return [f for f in fits if count * (fits[0].log_likelihood - f.log_likelihood) <= (J * (1 + d + d * (d + 1) / 2) - 1) / 2]
+    (J, d), best = fits[0].mixture.means.shape, max(f.log_likelihood for f in fits)
+    return [f for f in fits if count * (best - f.log_likelihood) <= (J * (1 + d + d * (d + 1) / 2) - 1) / 2]
 
 
 def candidates(data: Whitened, floor: float, generator: torch.Generator, progress: Callable[[int], None] = lambda done: None) -> Candidates:
@@ -193,7 +192,7 @@ def candidates(data: Whitened, floor: float, generator: torch.Generator, progres
         J = len(models[0].weights)
         fitted = [good(fits_from(model, seen, floor, starts(J) if cheap else 1, few, generator), cut) for model, (seen, _) in zip(models, folds)]
         value = torch.cat([expect(average([f.mixture for f in fits]), other).log_likelihood for fits, (_, other) in zip(fitted, folds)])
-        models = [fits[0].mixture for fits in fitted]
+        models = [max(fits, key=lambda f: f.log_likelihood).mixture for fits in fitted]
         found.models[J], found.held_out[J] = models[0], value
         progress(len(found.models))
         gain = value - found.held_out[1]
