@@ -104,8 +104,8 @@ def density(prior: Prior, chain: ChainWalk, device: str | torch.device) -> Densi
     return Density(at(prior.denoiser.score), at(prior.denoiser.xhat), sigma, u)
 
 
-def start(prior: Prior, chain: ChainWalk, target: Density, count: int, generator: torch.Generator) -> State:
-    """States (count, M or 1, *S): y by Remark 4 or Algorithm 1, velocities 0; or y by accumulating measurements, velocities N(0, u).
+def start(prior: Prior, chain: ChainWalk, target: Density, count: int, generator: torch.Generator, x: Tensor | None = None) -> State:
+    """States (count, M or 1, *S): y by Remark 4 or Algorithm 1, velocities 0; or by accumulating measurements, or of x, velocities N(0, u).
 
     Raises:
         ValueError: for a warm start of a prior of fixed levels, which has no coarser ones to come from.
@@ -121,6 +121,8 @@ def start(prior: Prior, chain: ChainWalk, target: Density, count: int, generator
     shape = (count, M, *prior.shape)
     uniform = prior.scale.standardise(torch.rand(shape, generator=generator, device=device))
     noise = torch.randn(shape, generator=generator, device=device) * target.sigma.reshape(1, -1, *[1] * len(prior.shape))
+    if x is not None:
+        return start_velocity(prior.scale.standardise(x.to(device))[:, None] + noise, target.u, generator)
     return State(uniform + chain.noisy_start * noise, torch.zeros(shape, device=device))
 
 
@@ -150,6 +152,7 @@ def run_chain(
     figures: ChainFigures | None = None,
     count: int = 1,
     progress: Callable[[int], None] = lambda done: None,
+    x: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """Walk `count` chains and jump every `every` steps.
 
@@ -162,13 +165,14 @@ def run_chain(
         figures: Told of every jump of the first chain.
         count: Chains.
         progress: Called with the steps done.
+        x: Data (count, *S) whose measurements the chains start at, in the user's units; None for the starts that `chain` names.
 
     Returns:
         The last jumps (count, *S) in the units of the data, on the CPU, and the number of times that a chain was set back.
     """
     prior = in_float32(prior) if count == 1 and generator.device.type == "cpu" else prior
     target = density(prior, chain, generator.device)
-    state = start(prior, chain, target, count, generator)
+    state = start(prior, chain, target, count, generator, x)
     good, restarts, jumps = state.y, 0, torch.zeros(count, *prior.shape)
     for done in [*range(every, steps + 1, every)] or [steps]:
         state = walk(target.score, state, min(every, steps), chain.delta, chain.gamma, target.u, generator, STEPS[chain.step])

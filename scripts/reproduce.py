@@ -209,12 +209,13 @@ def follow(
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """One chain's jumps (n, 28, 28) and its diagnostics; Algorithm 1 with delta = sigma/2, gamma = 1/4, u = 1, unless told otherwise. Pooled priors
-    start warm."""
+    start warm, or where --start says."""
     net = digit_classifier(prior.shape, prior.scale.mean)
     figures = ChainFigures(prior.shape, keep, None if net is None else lambda x: net(x).softmax(1))
     warm = args.start == "warm" and own_levels(prior) is None
     chain = ChainWalk(sigma, delta=args.delta * min(sigma), gamma=args.gamma, step=args.step, warm_start=warm)
-    run_chain(prior, chain, steps, every, stream(args.seed, name), figures, progress=progress)
+    x = digits(args, "test")[0][:1] if args.start == "digit" else None
+    run_chain(prior, chain, steps, every, stream(args.seed, name), figures, progress=progress, x=x)
     return torch.stack([x for _, x in figures.gallery.items]), figures.figures() | {"delta": chain.delta, "sigma": sigma[0], "M": len(sigma)}
 
 
@@ -285,7 +286,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--every", type=int, default=5)
     parser.add_argument("--delta", type=float, default=0.5, help="step in units of sigma; the paper's is 1 for 1 x 4")
-    parser.add_argument("--start", choices=["warm", "uniform"], default="warm", help="of chains: by accumulating measurements, or Remark 4")
+    parser.add_argument(
+        "--start",
+        choices=["warm", "uniform", "digit"],
+        default="warm",
+        help="of chains: by accumulating measurements, Remark 4, or measurements of the first test digit",
+    )
     parser.add_argument("--gamma", type=float, default=0.25)
     parser.add_argument("--step", choices=["sachs", "cheng", "overdamped"], default="sachs")
     args = parser.parse_args()

@@ -93,6 +93,18 @@ def test_a_warm_start_is_a_draw_of_the_m_density():
         run_chain(fixed, ChainWalk(own_levels(fixed), delta=0.2, warm_start=True), 2, 1, torch.Generator())
 
 
+def test_a_chain_can_start_at_measurements_of_data():
+    """y = x + N(0, sigma^2) in the units of the data, velocities N(0, u); collapsed for M = 4, whose mean has level .4."""
+    chain, x = ChainWalk((0.8,) * 4, delta=0.1, u=2.0), torch.full((40_000, 1), 3.0)
+    target = density(gaussian(1), chain, "cpu")
+    state = start(gaussian(1), chain, target, 40_000, torch.Generator().manual_seed(0), x)
+    y = SCALE.restore(state.y)
+    assert float(y.mean()) == pytest.approx(3.0, abs=0.01) and float(y.std()) == pytest.approx(0.4, rel=0.02)
+    assert float(state.v.var()) == pytest.approx(target.u, rel=0.03)
+    jump, _ = run_chain(gaussian(1), ChainWalk((1e-3,), delta=1e-6), 1, 1, torch.Generator().manual_seed(0), x=x[:1])
+    assert float(jump) == pytest.approx(3.0, abs=0.01)
+
+
 def test_one_chain_is_walked_in_float32_and_the_prior_is_left_as_it_was():
     torch.manual_seed(0)
     seen = []
