@@ -199,6 +199,17 @@ def test_a_damaged_large_file_is_read_or_refused_but_never_crashes(tmp_path: Pat
     assert 40 < refused < 200
 
 
+def test_the_same_arrays_are_the_same_bytes_whenever_they_are_written(tmp_path: Path) -> None:
+    """A run knows its observations by the sum of their file, and refuses to go on with others."""
+    for name in ("a.npz", "b.npz"):
+        with NewArchive(tmp_path / name) as new:
+            new.array("obs", (3, 2), np.dtype(np.float32))[slice(0, 3)] = torch.arange(6.0).reshape(3, 2)
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
+        assert [member.date_time for member in archive.infolist()] == [(1980, 1, 1, 0, 0, 0)]
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    assert np.array_equal(np.load(tmp_path / "a.npz")["obs"], np.arange(6.0).reshape(3, 2))
+
+
 def test_new_arrays_have_no_name_before_their_last_row(tmp_path: Path) -> None:
     path, values = tmp_path / "a.npy", normal(5, 2).float()
     new = NewArray(path, (5, 2))
