@@ -9,12 +9,15 @@ datum to datum, a budget of work ends the fits before that.)
 Where several Gaussians are better, how many is seldom certain, and a wrong choice costs as much as an average of fits gains. So none is made: the
 densities p_J that were fitted with J Gaussians are mixed with the shares s_J that maximise the held-out likelihood, sum_i log sum_J s_J p_J(obs_i)
 (stacking), a concave problem solved by EM. Up to MEMBERS fits to all observations, as many of each J as its share says, are averaged. A mixture of
-mixtures is a mixture; by Jensen's inequality its log-likelihood is at least the members' mean, on observations that no fit has seen too. Fits end
-after STEPS E-steps: on data whose truth is no mixture, further ones fit the noise (docs/exact.md).
+mixtures is a mixture; by Jensen's inequality its log-likelihood is at least the members' mean, on observations that no fit has seen too.
+
+Fits start smooth and end early: where the truth is no mixture further steps fit the noise (docs/exact.md). Where that can be afforded (cheap)
+they take PLAIN steps of plain EM, which is slow where the observations say little; elsewhere STEPS accelerated ones. Starts are clusters of draws of
+x | obs under one Gaussian, which are wider than x.
 
 The likelihood has many maxima, and with few Gaussians some are bad. Every J is therefore fitted from several starts, held-out fifths included: once
-by splitting, else from as many equal Gaussians at random places. A fit whose likelihood is less than the best's by more than what its parameters can
-have gained by fitting noise, half a unit for each over the N observations (Akaike 1974), is at a bad one and is left out (good).
+by splitting, else from clusters. A fit whose likelihood is less than the best's by more than what its parameters can have gained by fitting noise,
+half a unit for each over the N observations (Akaike 1974), is at a bad one and is left out (good).
 
 Sources: Extreme deconvolution (Bovy, Hogg & Roweis 2011); Linearly combining density estimators via stacking (Smyth & Wolpert 1999); Bagging
 predictors (Breiman 1996) for the average; A new look at the statistical model identification (Akaike 1974).
@@ -28,8 +31,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from emdiff.deconvolution import Fit, Mixture, Whitened, expect, fit, split, whitened
+from emdiff.deconvolution import Mixture, Whitened, expect, fit, split, whitened
 from emdiff.mixture import MixtureDenoiser
+from emdiff.restarts import average, fits_from, good, starts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,10 +56,10 @@ STACKING = 500
 """EM iterations for the shares of numbers of components."""
 
 STEPS = 40
-"""E-steps of a fit with several components."""
+"""Accelerated E-steps of a fit with several components."""
 
-SCATTERED = 16
-"""Gaussians that are scattered at random for further starts of each fit: more starts of few, where bad maxima are."""
+PLAIN = 120
+"""Plain ones, where they can be afforded."""
 
 WORK = 1e10
 """Multiplications that a fit of several components may take, some ten seconds of a processor core; one Gaussian may take three times as many."""
@@ -119,13 +123,16 @@ def fit_mixture(data: Data, generator: torch.Generator, progress: Callable[[int]
     if J == 1:
         done = fit(found.models[1], seen, floor, steps(seen, 1, 3 * WORK, 300), 1e-10)
         return Start(denoiser(done.mixture), {1: 1}, held_out, done.iterations)
-    members = share_out(found.shares(), J, lambda J: STEPS * work(seen, J))
+    plain = cheap(seen)
+    few = PLAIN if plain else STEPS
+    members = share_out(found.shares(), J, lambda J: few * work(seen, J))
     if members == {J: 1}:
         done = fit(found.models[J], seen, floor, STEPS)
         return Start(denoiser(done.mixture), members, held_out, done.iterations)
     parts, weights, kept, done = [], [], {}, STAGES - MEMBERS
     for J, count in members.items():
-        fits = good(fits_from(found.models[J], seen, floor, max(count, starts(J)), STEPS, generator), len(seen.obs))[:count]
+        tried = fits_from(J, found.models[J], found.models[1], seen, floor, max(count, starts(J)), few, plain, generator)
+        fits = good(tried, len(seen.obs))[:count]
         parts, weights, kept[J], done = parts + [f.mixture for f in fits], weights + [count / len(fits)] * len(fits), len(fits), done + count
         progress(done)
     return Start(denoiser(average(parts, weights)), kept, held_out, fits[-1].iterations)
@@ -155,42 +162,26 @@ def share_out(shares: dict[int, float], best: int, cost: Callable[[int], float])
     return {best: 1}
 
 
-def starts(components: int) -> int:
-    """How many starts a fit has at least."""
-    return 1 + min(components, max(1, SCATTERED // components)) * (components > 1)
-
-
-def fits_from(model: Mixture, data: Whitened, floor: float, count: int, iterations: int, generator: torch.Generator) -> list[Fit]:
-    """One fit from `model`, and further ones from starts scattered by it: `count` in all."""
-    others = [scattered(model, data, generator) for _ in range(count - 1)]
-    return [fit(start, data, floor, iterations) for start in [model, *others]]
-
-
-def good(fits: list[Fit], count: int) -> list[Fit]:
-    """Fits to `count` observations without those of a bad maximum: less likely than the best by more than half a unit for each parameter. Among
-    the others the likelihood says how far a fit has followed the noise, so they stay in the order they come in.
-
-    >>> like = lambda value: Fit(Mixture(torch.ones(2), torch.zeros(2, 1), torch.ones(2, 1, 1)), value, 1)
-    >>> [f.log_likelihood for f in good([like(-1.01), like(-1.0), like(-1.03)], 100)]  # of 5 parameters
-    [-1.01, -1.0]
-    """
-    (J, d), best = fits[0].mixture.means.shape, max(f.log_likelihood for f in fits)
-    return [f for f in fits if count * (best - f.log_likelihood) <= (J * (1 + d + d * (d + 1) / 2) - 1) / 2]
+def cheap(data: Whitened) -> bool:
+    """Whether plain fits of all five fifths can be afforded."""
+    return 5 * PLAIN * work(data, COMPONENTS) < WORK / 2
 
 
 def candidates(data: Whitened, floor: float, generator: torch.Generator, progress: Callable[[int], None] = lambda done: None) -> Candidates:
     """Fit one component, and twice as many as before until held-out fifths say that they are too many, or work or data do."""
     N, d = len(data.obs), data.A.shape[-1]
-    cut, cheap = N - max(1, N // 5), 5 * STEPS * work(data, COMPONENTS) < WORK / 2
-    turned = [torch.arange(N).roll(i * (N - cut)) for i in range(5 if cheap else 1)]
+    cut, many = N - max(1, N // 5), cheap(data)
+    turned = [torch.arange(N).roll(i * (N - cut)) for i in range(5 if many else 1)]
     folds = [(data.rows(order[:cut]), data.rows(order[cut:])) for order in turned]
     like = {"dtype": data.obs.dtype, "device": data.obs.device}
     models = [Mixture(torch.ones(1, **like), torch.zeros(1, d, **like), torch.eye(d, **like)[None])] * len(folds)
-    found = Candidates({}, {}, 1)
+    J, found = 1, Candidates({}, {}, 1)
     while True:
-        few = steps(folds[0][0], len(models[0].weights), WORK, STEPS)
-        J = len(models[0].weights)
-        fitted = [good(fits_from(model, seen, floor, starts(J) if cheap else 1, few, generator), cut) for model, (seen, _) in zip(models, folds)]
+        plain, count, fitted = many and J > 1, starts(J) if many else 1, []
+        few = PLAIN if plain else steps(folds[0][0], J, WORK, STEPS)
+        for model, (seen, _) in zip(models, folds):
+            tried = fits_from(J, model, found.models.get(1, model), seen, floor, count, few, plain, generator)
+            fitted.append(good(tried, cut))
         value = torch.cat([expect(average([f.mixture for f in fits]), other).log_likelihood for fits, (_, other) in zip(fitted, folds)])
         models = [max(fits, key=lambda f: f.log_likelihood).mixture for fits in fitted]
         found.models[J], found.held_out[J] = models[0], value
@@ -202,7 +193,7 @@ def candidates(data: Whitened, floor: float, generator: torch.Generator, progres
             return found
         if 2 * J > COMPONENTS or STEPS * work(data, 2 * J) > WORK or cut < 20 * J * d:
             return found
-        models = [split(model, floor) for model in models]
+        J, models = 2 * J, [split(model, floor) for model in models]
 
 
 def work(data: Whitened, components: int) -> float:
@@ -220,24 +211,6 @@ def least_variance(data: Whitened) -> float:
     """A tenth of n^2 / N^(1/2), n^2 = 1 / mean of a diagonal entry of A^T A: less than N observations could tell from no variance at all."""
     precision = data.A.square().sum((1, 2)).median() / data.A.shape[-1]
     return float(0.1 / precision.clamp(min=1e-12) / len(data.obs) ** 0.5)
-
-
-def scattered(model: Mixture, data: Whitened, generator: torch.Generator) -> Mixture:
-    """As many components, equal in weight, at draws of x | obs for random observations, each as wide as half a component of the model."""
-    J, d = model.means.shape
-    pick = torch.randperm(len(data.obs), generator=generator)[:J]
-    posterior = MixtureDenoiser(*model).given(data.rows(pick))
-    means = posterior.draw(model.means.new_zeros(J, 1, d), model.means.new_tensor([math.inf]), generator)
-    cov = torch.einsum("j,jde->de", model.weights, model.covs) / 2
-    return Mixture(torch.full_like(model.weights, 1 / J), means, cov.expand(J, d, d))
-
-
-def average(models: list[Mixture], shares: list[float] | None = None) -> Mixture:
-    """The mixture of mixtures, in these shares of any sum, or all alike."""
-    shares = shares or [1.0] * len(models)
-    weights, means, covs = (torch.cat(parts) for parts in zip(*models))
-    each = torch.cat([torch.full_like(model.weights, share / sum(shares)) for model, share in zip(models, shares)])
-    return Mixture(weights * each, means, covs)
 
 
 def denoiser(model: Mixture) -> MixtureDenoiser:

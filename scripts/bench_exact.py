@@ -51,7 +51,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         print(f"\n{line['part']}, seed {line['seed']}")
         for name, value in line.items():
             if name not in ("part", "seed", "history"):
-                print(f"    {name:<28}{value if isinstance(value, str) else format(value, '.4g')}")
+                print(f"    {name:<28}{value if isinstance(value, (str, dict)) else format(value, '.4g')}")
         for h in line.get("history", []):
             figures = "  ".join(f"{who} {name} {v:.4f}" for who in ("posterior", "prior") if who in h for name, v in h[who].items())
             print(f"    iteration {h['k']:3d}  {h['seconds']:6.0f} s  {figures}")

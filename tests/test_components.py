@@ -14,26 +14,11 @@ from exact_gaussian import Moments, log_likelihood, maximum_likelihood, problem 
 from exact_mixtures import as_projection, noise, points  # noqa: E402
 
 from emdiff.cli import main  # noqa: E402
-from emdiff.components import (  # noqa: E402  # noqa: E402
-    AVERAGED,
-    MEMBERS,
-    STEPS,
-    WORK,
-    Candidates,
-    average,
-    candidates,
-    fit_mixture,
-    fits_from,
-    good,
-    least_variance,
-    scattered,
-    share_out,
-    starts,
-    work,
-)
+from emdiff.components import AVERAGED, MEMBERS, STEPS, WORK, Candidates, candidates, fit_mixture, least_variance, share_out, work  # noqa: E402
 from emdiff.deconvolution import Fit, Mixture, Whitened, expect, fit, split, whitened  # noqa: E402
 from emdiff.observations import Observations, write_observations  # noqa: E402
 from emdiff.prior import load_prior, sample_prior  # noqa: E402
+from emdiff.restarts import average, clustered, fits_from, good, starts  # noqa: E402
 from emdiff.start import choose_start, is_vector  # noqa: E402
 from observers import Identity, Projection  # noqa: E402
 
@@ -99,12 +84,13 @@ def test_fits_of_bad_maxima_are_left_out_and_those_that_differ_by_what_noise_exp
     data, model = whitened(clouds(1000, seed=2)), Mixture(torch.ones(1).double(), torch.zeros(1, 2).double(), torch.eye(2).double()[None])
     for _ in range(2):
         model = split(fit(model, data, 1e-4, STEPS).mixture, 1e-4)
-    found = fits_from(model, data, 1e-4, 6, STEPS, generator())
+    one = Mixture(torch.ones(1).double(), torch.zeros(1, 2).double(), torch.eye(2).double()[None])
+    found = fits_from(4, model, one, data, 1e-4, 6, STEPS, False, generator())
     assert 0 < len(good(found, 1000)) < 6 and {f.log_likelihood for f in found} >= {f.log_likelihood for f in good(found, 1000)}
 
 
 def test_few_gaussians_have_many_starts() -> None:
-    assert [starts(J) for J in (1, 2, 4, 32, 64)] == [1, 3, 5, 2, 2]
+    assert [starts(J) for J in (1, 2, 4, 32, 64)] == [1, 3, 5, 1, 1]
 
 
 def test_fits_are_shared_out_within_their_limits() -> None:
@@ -119,7 +105,8 @@ def test_fits_are_shared_out_within_their_limits() -> None:
 def test_an_average_has_the_mean_density() -> None:
     data = whitened(clouds(50))
     one = Mixture(torch.tensor([1.0]).double(), torch.tensor([[0.0, 1.0]]).double(), torch.eye(2).double()[None])
-    two = scattered(average([one, one]), data, generator())
+    two = clustered(2, one, data, 1e-4, generator())
+    assert float(two.weights.sum()) == pytest.approx(1) and float(torch.linalg.eigvalsh(two.covs).min()) >= 1e-4
     density = lambda model: expect(model, data).log_likelihood.exp()  # noqa: E731
     torch.testing.assert_close(density(average([one, two])), (density(one) + density(two)) / 2)
     torch.testing.assert_close(density(average([one, two], [3.0, 1.0])), 0.75 * density(one) + 0.25 * density(two))
