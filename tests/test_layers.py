@@ -20,6 +20,7 @@ LAYERS = [
     {"factors"},
     {"accumulate", "guidance", "gaussian", "deconvolution", "learner"},
     {"mixture", "watch"},
+    {"restarts"},
     {
         "nn",
         "mdae",
