@@ -58,8 +58,11 @@ STACKING = 500
 STEPS = 40
 """Accelerated E-steps of a fit with several components."""
 
+MEMBER_STEPS = 60
+"""Accelerated E-steps of a fit that is averaged with others; it starts further away."""
+
 PLAIN = 120
-"""Plain ones, where they can be afforded."""
+"""Plain ones of either, where they can be afforded."""
 
 WORK = 1e10
 """Multiplications that a fit of several components may take, some ten seconds of a processor core; one Gaussian may take three times as many."""
@@ -124,7 +127,7 @@ def fit_mixture(data: Data, generator: torch.Generator, progress: Callable[[int]
         done = fit(found.models[1], seen, floor, steps(seen, 1, 3 * WORK, 300), 1e-10)
         return Start(denoiser(done.mixture), {1: 1}, held_out, done.iterations)
     plain = cheap(seen)
-    few = PLAIN if plain else STEPS
+    few = PLAIN if plain else MEMBER_STEPS
     members = share_out(found.shares(), J, lambda J: few * work(seen, J))
     if members == {J: 1}:
         done = fit(found.models[J], seen, floor, STEPS)
