@@ -15,7 +15,7 @@ from exact_mixtures import as_projection, noise, points  # noqa: E402
 
 from emdiff.cli import main  # noqa: E402
 from emdiff.components import AVERAGED, MEMBERS, STEPS, WORK, Candidates, candidates, fit_mixture, least_variance, share_out, work  # noqa: E402
-from emdiff.deconvolution import Fit, Mixture, Whitened, expect, fit, split, whitened  # noqa: E402
+from emdiff.deconvolution import Fit, Mixture, Whitened, expect, fit, maximise, split, whitened  # noqa: E402
 from emdiff.observations import Observations, write_observations  # noqa: E402
 from emdiff.prior import load_prior, sample_prior  # noqa: E402
 from emdiff.restarts import average, clustered, fits_from, good, starts  # noqa: E402
@@ -88,6 +88,28 @@ def test_fits_of_bad_maxima_are_left_out_and_those_that_differ_by_what_noise_exp
     one = Mixture(torch.ones(1).double(), torch.zeros(1, 2).double(), torch.eye(2).double()[None])
     found = fits_from(4, model, one, data, 1e-4, 6, STEPS, False, generator())
     assert 0 < len(good(found, 1000)) < 6 and {f.log_likelihood for f in found} >= {f.log_likelihood for f in good(found, 1000)}
+
+
+def test_plain_fits_are_the_textbook_iteration_and_many_gaussians_start_from_clusters_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, one = whitened(clouds(300)), Mixture(torch.ones(1).double(), torch.zeros(1, 2).double(), torch.eye(2).double()[None])
+    model = split(one, 1e-4)
+    found = fit(model, data, 1e-4, 5, 0.0, accelerated=False)
+    for _ in range(4):
+        model = maximise(model, expect(model, data), 1e-4)
+    assert found.iterations == 5
+    torch.testing.assert_close(found.mixture.means, model.means)
+    torch.testing.assert_close(found.mixture.covs, model.covs)
+    seen: list[tuple[Mixture, bool]] = []
+
+    def record(start: Mixture, *rest: object, accelerated: bool) -> Fit:
+        seen.append((start, accelerated))
+        return Fit(start, 0.0, 1)
+
+    monkeypatch.setattr("emdiff.restarts.fit", record)
+    for J, plain, first in ((4, True, True), (16, True, False), (16, False, True)):
+        seen.clear()
+        fits_from(J, model, one, data, 1e-4, 3, 7, plain, generator())
+        assert len(seen) == 3 and (seen[0][0] is model) == first and {accelerated for _, accelerated in seen} == {not plain}
 
 
 def test_few_gaussians_have_many_starts() -> None:
