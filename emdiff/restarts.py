@@ -23,7 +23,22 @@ def starts(components: int) -> int:
 def fits_from(
     J: int, model: Mixture, one: Mixture, data: Whitened, floor: float, count: int, iterations: int, plain: bool, generator: torch.Generator
 ) -> list[Fit]:
-    """`count` fits of J components: one from `model`, unless J >= CLUSTERS and EM is plain, others from clusters of draws under `one` Gaussian."""
+    """Fits of J components from several starts.
+
+    Args:
+        J: Components.
+        model: The first start, of J components; not used where J >= CLUSTERS and EM is plain.
+        one: A Gaussian fitted to the observations; under it x is drawn for the other starts (clustered).
+        data: Observations.
+        floor: Least eigenvalue of a covariance.
+        count: Fits.
+        iterations: Most E-steps of each.
+        plain: Take plain steps instead of accelerated ones.
+        generator: Source of randomness, on the CPU.
+
+    Returns:
+        `count` fits, that of `model` first.
+    """
     first = [] if plain and J >= CLUSTERS else [model]
     others = [clustered(J, one, data, floor, generator) for _ in range(count - len(first))]
     return [fit(start, data, floor, iterations, accelerated=not plain) for start in [*first, *others]]
@@ -42,7 +57,11 @@ def good(fits: list[Fit], count: int) -> list[Fit]:
 
 
 def clustered(components: int, one: Mixture, data: Whitened, floor: float, generator: torch.Generator) -> Mixture:
-    """Weights, means and covariances of clusters (k-means) of one draw of x | obs under a Gaussian for every observation; of too few draws none."""
+    """Weights, means (J, d) and covariances (J, d, d) of clusters (k-means) of one draw of x | obs under `one` Gaussian for every observation.
+
+    Clusters of at most d + 1 draws are left out, so that J can be less than `components`; it is at least 1. Source: k-means++ (Arthur & Vassilvitskii
+    2007), scipy.cluster.vq.kmeans2.
+    """
     N, d = len(data.obs), one.means.shape[1]
     draw = MixtureDenoiser(*one).given(data).draw(one.means.new_zeros(N, 1, d), one.means.new_tensor([math.inf]), generator)
     seed = int(torch.randint(2**31, (), generator=generator))

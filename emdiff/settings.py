@@ -15,6 +15,7 @@ class WalkSettings:
         tau_relax: Level of the last jump where iterations over-relax since samples spread too much; tau_last is taken for noise below twice that.
         levels: Levels from first to last, one network evaluation each.
         corrected: Give back the spread of x that each level's prediction drops. Without, walks of few levels have less error and too little spread.
+            Walks of vectors from a mixture draw that spread and take no notice.
         steps: Langevin steps at each level.
         delta: Their step, in units of the level.
         gamma: Their friction, per unit time in which the level is 1.
