@@ -26,6 +26,7 @@ from emdiff.denoise import Denoiser
 from emdiff.guidance import TOLERANCE, FusedPosterior, PosteriorDenoiser
 from emdiff.langevin import STEPS
 from emdiff.mdae import MDAE
+from emdiff.near import near_data
 from emdiff.prior import TAU_FIRST
 from emdiff.rows import Array, Store
 from emdiff.unfinished import Batches
@@ -218,7 +219,7 @@ def e_step(
     Returns:
         Draws, on the CPU.
     """
-    device, taus = generator.device, walk_levels(data, walk)
+    device, taus, data = generator.device, walk_levels(data, walk), near_data(data, generator.device)
     tau_chains = walk.tau_last if tau_chains is None else tau_chains
     drawn = walk.guidance != "fused" or getattr(prior, "base", None) is not None  # walks that end with a sample of its own
     shape, names = (len(data), *data.shape), ("y", "x", "sample") if drawn else ("y", "x")

@@ -17,6 +17,7 @@ from emdiff.first_samples import Deviations, deviations, first_samples
 from emdiff.folder import RunFolder
 from emdiff.gaussian import fit_gaussian, pathwise
 from emdiff.mdae import MDAE
+from emdiff.near import near_data
 from emdiff.outline import Listener, Plan
 from emdiff.posterior import sample_posterior
 from emdiff.prior import Prior, build_network, load_prior, set_precision
@@ -125,10 +126,13 @@ def start_from_prior(
 def train_start(denoiser: MDAE, data: Data, plan: Plan, listener: Listener, checkpoint: Path, team: Team = ALONE) -> Trained:
     """Train a denoiser on recorrupted observations, half a batch of them with both signs, a tenth held out, at most HELD_OUT."""
 
+    data, complete = near_data(data, torch.device(plan.device)), measured(data).complete
+    where = data.rows(slice(0, 1)).obs.device
+
     def loss(denoiser: MDAE, index: Tensor, draws: torch.Generator) -> Tensor:
-        batch = data.rows(index.cpu())
+        batch = data.rows(index.to(where))
         z, sigma = (part.to(draws.device) for part in batch.observer.as_measurement(batch.obs))
-        return self_supervised_loss(denoiser, antithetic(recorrupt(z, sigma.expand(z.shape), draws), z))
+        return self_supervised_loss(denoiser, antithetic(recorrupt(z, sigma.expand(z.shape), draws, complete=complete), z))
 
     bar = listener.phase("start: self-supervised training", plan.start_steps)
     seed = stream_seed(plan.seed, "self-supervised")

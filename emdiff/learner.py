@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from emdiff.checkpoint import State, grouped
+from emdiff.graphs import replayed
 from emdiff.memory import Memory, Optimiser
 from emdiff.processes import ALONE, Team
 from emdiff.streams import stream_seed
@@ -42,7 +43,7 @@ class Indices(IterableDataset):
 
 
 class Learner(pl.LightningModule):
-    """The denoiser in training, its loss and its moving average.
+    """The denoiser in training, its loss and its moving average; alone on a GPU, its network is replayed as CUDA graphs (graphs).
 
     Args:
         denoiser: Where to start from; trained itself.
@@ -96,10 +97,11 @@ class Learner(pl.LightningModule):
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(self.resumed.tensors["global_cuda"], self.device)
         self.losses = [loss.to(self.device) for loss in self.losses]
+        self.runner = (replayed(self.denoiser) if self.team.alone else self.denoiser,)
 
     def training_step(self, index: Tensor, step: int) -> Tensor:
         """The loss of a batch of indices (B,), shape (): times B over its mean among processes, so that the mean of gradients is that of the data."""
-        loss = self.loss_function(self.denoiser, index, self.draws)
+        loss = self.loss_function(self.runner[0], index, self.draws)
         if not self.team.alone:
             loss = loss * (len(index) * self.team.size / self.batch)
         self.losses.append(self.team.mean(loss.detach()))
@@ -117,13 +119,15 @@ class Learner(pl.LightningModule):
     def configure_optimizers(self):
         """Adam or SGD; the rate rises over WARMUP steps, from 0 again after a divergence, and falls linearly to 0 if it is annealed."""
         how, parameters = self.optimiser, list(self.denoiser.parameters())
-        optimizer = (
-            torch.optim.Adam(parameters, lr=how.rate) if how.name == "adam" else torch.optim.SGD(parameters, lr=how.rate, momentum=how.momentum)
-        )
+        fused = {"fused": True} if self.device.type == "cuda" else {}
+        adam = how.name == "adam"
+        optimizer = (torch.optim.Adam if adam else torch.optim.SGD)(parameters, lr=how.rate, **fused, **({} if adam else {"momentum": how.momentum}))
         for i, parameter in enumerate(parameters):
             mine = {key.partition("/")[2]: value for key, value in self.slots.items() if key.startswith(f"{i}/")}
             if mine:  # in the layout of the parameter, for the sake of the last bit
-                optimizer.state[parameter] = {k: torch.empty_like(parameter).copy_(v) if k != "step" else v.clone() for k, v in mine.items()}
+                moments = {k: torch.empty_like(parameter).copy_(v) for k, v in mine.items() if k != "step"}
+                where = parameter.device if fused else "cpu"
+                optimizer.state[parameter] = moments | ({"step": mine["step"].to(where, copy=True)} if "step" in mine else {})
         first = self.done()
         fall = lambda i: 1 - i / self.steps if how.anneal else 1.0
         rise = lambda i: min(1.0, (i - self.risen + 1) / WARMUP)

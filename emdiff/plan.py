@@ -29,7 +29,7 @@ from emdiff.start import Choice, choose_start
 
 Config = dict[str, Any]
 
-SHOWN = 160_000
+SHOWN, SHOWN_BY_GPU = 160_000, 2_048_000
 """Data that a self-supervised start is shown at most."""
 
 NO_LIMIT = 10**6
@@ -87,7 +87,7 @@ def make_plan(config: Config, data: Data, scale: Scale, device: str) -> tuple[Pl
         raise UsageError(f"--train.refresh {refresh}: chains take turns with fused guidance only, and this is {guidance}; give 0")
     batch = train["batch"] or default_train_batch(device, network["kind"])
     steps = train["steps"] or default_steps(refresh // 2 or len(data), device, network["kind"], batch)
-    start_steps = train["start_steps"] or max(1, SHOWN // batch)
+    start_steps = train["start_steps"] or max(1, (SHOWN_BY_GPU if (device, network["kind"]) == ("cuda", "unet") else SHOWN) // batch)
     plan = Plan(
         config["iters"], start, chosen, network, start_steps, steps, batch, train["rate"], refresh, relax,
         maps=maps, seed=config["seed"], device=device, stop=config["stop"] == "auto",
@@ -148,18 +148,21 @@ def default_refresh(count: int, guidance: str, network: str, device: str) -> int
 
 
 def default_train_batch(device: str, network: str) -> int:
-    """32 for a U-Net on a CPU, which learns more from the same number of data so (docs/ablation.md) and keeps a core busy; else 128."""
-    return 32 if (device, network) == ("cpu", "unet") else 128
+    """32 for a U-Net on a CPU, which learns more from the same number of data so (docs/ablation.md) and keeps a core busy; 512 for one on a
+    GPU, which takes hardly longer than fewer (docs/speed.md); else 128."""
+    return {("cpu", "unet"): 32, ("cuda", "unet"): 512}.get((device, network), 128)
 
 
 def default_steps(count: int, device: str, network: str, batch: int) -> int:
-    """Steps of an M-step: about 20 passes over the data (10 over those whose turn it is), at least 25,600 data, at most 512,000 on a GPU, and on a
-    CPU 51,200, or 256,000 for an MLP.
+    """Steps of an M-step: about 20 passes over the data (10 over those whose turn it is), at least 25,600 data, and at most 51,200 for a U-Net on a
+    CPU, 2,048,000 for one on a GPU, and else 256,000 on a CPU and 512,000 on a GPU. A U-Net on a GPU takes at least 1,000 steps.
 
-    >>> default_steps(1000, "cpu", "unet", 32), default_steps(60_000, "cpu", "unet", 32), default_steps(60_000, "cuda", "unet", 128)
-    (800, 1600, 4000)
+    >>> default_steps(1000, "cpu", "unet", 32), default_steps(60_000, "cpu", "unet", 32), default_steps(60_000, "cuda", "unet", 512)
+    (800, 1600, 2344)
     """
-    return round(min(max(25_600, 20 * count), 512_000 if device == "cuda" else 256_000 if network == "mlp" else 51_200) / batch)
+    most = {("cpu", "unet"): 51_200, ("cuda", "unet"): 2_048_000, ("cuda", "mlp"): 512_000}.get((device, network), 256_000)
+    steps = round(min(max(25_600, 20 * count), most) / batch)
+    return max(steps, 1000) if (device, network) == ("cuda", "unet") else steps
 
 
 def check_ranges(walk: Config, train: Config, relax: int | None) -> None:

@@ -17,6 +17,7 @@ from emdiff.data import Data
 from emdiff.em import Draws, e_step
 from emdiff.firsts import first_steps, level_maps
 from emdiff.folder import RunFolder
+from emdiff.near import near
 from emdiff.noise import updated_level
 from emdiff.outline import Listener, Plan
 from emdiff.pairs import PairLoss, drawn
@@ -127,7 +128,7 @@ def merged(
 ) -> tuple[Array, Draws]:  # fmt: skip
     """Samples x (N, *S) and the pairs to train on, from draws of the observations at `rows`, None for all, and the last ones of the others."""
     extra, draw = math.sqrt(max(plan.walk.tau_last**2 - draws.tau**2, 0.0)), stream(plan.seed, "chains", k)
-    end = lambda y: y + extra * torch.randn(y.shape, generator=draw)  # noqa: E731
+    end = lambda y: y + extra * torch.randn(y.shape, generator=draw) if extra else y  # noqa: E731
     x = draws.x if draws.sample is None else draws.sample
     if rows is None:
         team.once(lambda: fill(run.new_array(k, "chains", draws.y.shape), draws.y, end).close())
@@ -148,7 +149,9 @@ def m_step(k: int, prior: Prior, pairs: Draws, data: Data, plan: Plan, run: RunF
     departs = based(prior)
     if departs:
         pairs = shuffled(pairs, stream(plan.seed, "held out"))
-    loss = PairLoss(pairs, plan.walk.tau_last, level_maps(data) if plan.maps else None, even=departs)
+    here = torch.device(plan.device)
+    maps = near(level_maps(data), here) if plan.maps else None
+    loss = PairLoss(pairs._replace(x=near(pairs.x, here), y=near(pairs.y, here)), plan.walk.tau_last, maps, even=departs)
     steps = first_steps(plan) if k == 1 else plan.steps
     count = len(pairs.x) - (max(1, len(pairs.x) // 10) if departs else 0)
     how = (plan.batch, rate_of(k, plan), stream_seed(plan.seed, "m-step", k), 0, plan.device, listener.phase(f"round {k}: M-step", steps))

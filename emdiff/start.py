@@ -110,7 +110,9 @@ def _self_supervision(data: Data) -> tuple[bool, str]:
     return True, "each datum misses other entries: hidden parts of the observations are predicted from the rest"
 
 
-def recorrupt(z: Tensor, sigma_z: Tensor, generator: torch.Generator | None = None, a_range: tuple[float, float] = (0.05, 2.0)) -> Recorrupted:
+def recorrupt(
+    z: Tensor, sigma_z: Tensor, generator: torch.Generator | None = None, a_range: tuple[float, float] = (0.05, 2.0), complete: bool | None = None
+) -> Recorrupted:
     """Draw inputs and targets of the self-supervised objective.
 
     Args:
@@ -119,6 +121,7 @@ def recorrupt(z: Tensor, sigma_z: Tensor, generator: torch.Generator | None = No
         generator: Source of randomness.
         a_range: Range of the factor a, drawn log-uniformly per datum. Where entries are missing, a share of the observed ones, uniform in
             [0, 1] per datum, is hidden as well.
+        complete: Whether all entries of all data were observed, where that is known: a GPU is not asked then.
 
     Returns:
         Recorrupted(y, sigma, target, weight).
@@ -127,7 +130,7 @@ def recorrupt(z: Tensor, sigma_z: Tensor, generator: torch.Generator | None = No
     ones = [1] * (z.ndim - 1)
     observed = sigma_z.isfinite()
     a = a_range[0] * (a_range[1] / a_range[0]) ** draw(len(z), *ones)
-    if not bool(observed.all()):
+    if not (bool(observed.all()) if complete is None else complete):
         a = torch.where(draw(*z.shape) < draw(len(z), *ones), math.inf, a)
     s = torch.where(observed, sigma_z, 0.0)
     w = s * torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)

@@ -115,7 +115,7 @@ class Watch(pl.Callback):
         mean = float(losses.mean())
         if not math.isfinite(mean):
             raise Diverged(f"the training loss became {float(losses[~losses.isfinite()][0])}")
-        if not all(bool(p.isfinite().all()) for p in module.average.parameters()):
+        if not bool(torch.stack(torch._foreach_norm(list(module.average.parameters()), math.inf)).isfinite().all()):
             raise Diverged("the weights stopped being finite")
         if self.level is not None and self.first is not None and mean > self.first and mean - self.level > (FAR - 1) * abs(self.level):
             raise Diverged(f"the training loss rose to {mean:.4g} from {self.level:.4g}")

@@ -1,0 +1,74 @@
+"""A network in training on a GPU replayed as CUDA graphs: its forward and its backward pass are each one launch in place of some hundred.
+
+A small network's kernels take less time than it takes to launch them. A graph holds for one shape of input, that of the first batch; inputs of
+another shape, and those of which a derivative is asked, run as they would without. The arithmetic is the same. Whatever capturing raises costs one
+line that names the reason, and the training goes on without.
+
+An energy's score is itself a derivative, whose derivative a graph does not hold: energies train as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+Warn = Callable[[str], None]
+
+
+class Replayed(nn.Module):
+    """A backbone that is captured when it first sees a batch.
+
+    Args:
+        backbone: F(z, c), as in `emdiff.nn`, on a GPU.
+        warn: Told, once, why the graph is not used.
+
+    Attributes:
+        shapes: Of the inputs that the graph is for; empty before the first batch.
+        fast: The graph; None where there is none.
+    """
+
+    def __init__(self, backbone: nn.Module, warn: Warn) -> None:
+        super().__init__()
+        self.backbone, self.warn = backbone, warn
+        self.shapes: tuple[torch.Size, ...] = ()
+        self.fast: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def forward(self, z: Tensor, c: Tensor) -> Tensor:
+        """F(z, c), shape of z."""
+        if not torch.is_grad_enabled() or z.requires_grad or c.requires_grad:
+            return self.backbone(z, c)
+        if not self.shapes:
+            self.shapes = (z.shape, c.shape)
+            self.fast = self._captured(z, c)
+        if self.fast is None or self.shapes != (z.shape, c.shape):
+            return self.backbone(z, c)
+        return self.fast(z, c)
+
+    def _captured(self, z: Tensor, c: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """The graph for inputs like these, in the precision that is in force; None if it cannot be captured."""
+        shared = copy.copy(self.backbone)  # its `forward` is replaced, while its weights are those of the original
+        precision = torch.get_autocast_dtype("cuda")
+        try:
+            with torch.autocast("cuda", precision, enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
+                return torch.cuda.make_graphed_callables(shared, (z.clone(), c.clone()))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the training goes on without
+            lines = str(error).strip().splitlines()
+            self.warn(f"training without CUDA graphs ({type(error).__name__}: {lines[0] if lines else 'no message'})")
+            return None
+
+
+def replayed(denoiser: nn.Module, warn: Warn = lambda line: print(f"note: {line}", file=sys.stderr)) -> nn.Module:
+    """A denoiser that shares the weights of another and replays its backbone in training; the same one where that is not on a GPU, has no backbone of
+    its own (energies), or has weights that are made anew in every pass (spectral normalisation)."""
+    backbone = getattr(denoiser, "backbone", None)
+    if backbone is None or next(denoiser.parameters()).device.type != "cuda":
+        return denoiser
+    if any(nn.utils.parametrize.is_parametrized(module) for module in backbone.modules()):
+        return denoiser
+    fast = copy.copy(denoiser)
+    fast._modules = {**denoiser._modules, "backbone": Replayed(backbone, warn)}
+    return fast

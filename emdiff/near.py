@@ -1,0 +1,43 @@
+"""Arrays and observations on the device that works on them, where its memory has room: rows are then picked there, and no step waits for the host
+or for a file. On a CPU, and where there is no room, they stay where they are."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from emdiff.data import Data
+from emdiff.rows import Array, row_spans
+
+SHARE = 0.25
+"""Of a GPU's free memory, what one array may take."""
+
+
+def room(device: torch.device) -> int:
+    """Bytes that an array may take on a device; 0 on a CPU, where everything is near."""
+    return int(SHARE * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0
+
+
+def near(array: Array, device: torch.device) -> Array:
+    """An array (N, ...) on the device if there is room, else as it is.
+
+    >>> x = torch.zeros(3, 2)
+    >>> near(x, torch.device("cpu")) is x
+    True
+    """
+    first = array[0:1]
+    if first.device == device or math.prod(array.shape) * first.element_size() > room(device):
+        return array
+    there = torch.empty(array.shape, dtype=first.dtype, device=device)
+    for part in row_spans(array):
+        there[part] = array[part].to(device)
+    return there
+
+
+def near_data(data: Data, device: torch.device) -> Data:
+    """Observations and their operators on the device if there is room, else as they are."""
+    two = data.rows(slice(0, 2)).to("cpu")
+    tensors = [two.obs, *two.observer.noise.tensors().values(), *two.observer.arrays().values()]
+    each = sum(t.numel() * t.element_size() for t in tensors if t.ndim and t.shape[0] == 2) / 2
+    return data.rows(slice(None)).to(device) if len(data) * each <= room(device) else data

@@ -1,0 +1,158 @@
+"""`emdiff fit` on a GPU: how long, how good, how busy; and what a step costs. One JSON line at the end.
+
+    python scripts/bench_gpu.py steps                            training steps and walks: images per second, by batch, with graphs and without
+    python scripts/bench_gpu.py fit --observations noisy.npz     the command, as a user gives it; further arguments go to it
+
+"Busy" is the share of time in which a kernel ran, as nvidia-smi reports it (utilization.gpu), the mean of samples a fifth of a second apart from the
+command's first sign of the GPU to its end; by phase, from the run's own times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emdiff.data import Observations
+from emdiff.em import Draws, Walk, e_step
+from emdiff.mdae import MDAE
+from emdiff.pairs import PairLoss
+from emdiff.prior import build_network, choose_network, set_precision
+from emdiff.streams import stream
+from emdiff.training import train
+from observers import Identity, Mask
+
+SHAPE = (28, 28)
+
+
+def network(maps: bool) -> MDAE:
+    """The U-Net that `emdiff fit` chooses for digits, untrained."""
+    torch.manual_seed(0)
+    return set_precision(build_network(SHAPE, **choose_network(SHAPE, maps)), "cuda")
+
+
+def training_rate(batch: int, steps: int, maps: bool, graphs: bool) -> float:
+    """Training images per second on random pairs, after the first quarter."""
+    import emdiff.learner
+
+    kept, ticks = emdiff.learner.replayed, list[float]()
+    if not graphs:
+        emdiff.learner.replayed = lambda denoiser: denoiser
+    x = torch.randn(20_000, *SHAPE, device="cuda")
+    levels = torch.where(torch.rand(x.shape, device="cuda") < 0.25, 0.3, math.inf) if maps else None
+    loss, tick = PairLoss(Draws(x, x, 0.0), 0.1, levels), lambda *_: ticks.append(time.perf_counter())
+    train(network(maps), loss, len(x), steps, batch, device="cuda", progress=tick)
+    emdiff.learner.replayed = kept
+    first = len(ticks) // 4  # a tick every 20 steps, and one at the end
+    return batch * 20 * (len(ticks) - 2 - first) / (ticks[-2] - ticks[first])
+
+
+def walking_rate(batch: int, maps: bool, repeats: int = 3) -> float:
+    """Images per second of a fused walk of 24 levels; the median of a few."""
+    denoiser, count = network(maps).to("cuda").eval().requires_grad_(False), 2 * batch
+    seen = torch.rand(count, *SHAPE) < 0.25
+    observer = Mask(SHAPE, torch.tensor(0.3), seen) if maps else Identity(SHAPE, torch.tensor(1.6))
+    data = Observations(observer.simulate(torch.randn(count, *SHAPE)), observer)
+    walk, seconds = Walk(batch=batch), []
+    for i in range(repeats + 1):
+        torch.cuda.synchronize()
+        clock = time.perf_counter()
+        e_step(denoiser, data, None, walk, stream(0, "bench", i, device="cuda"))
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - clock)
+    return count / statistics.median(seconds[1:])
+
+
+def measure_steps(args: argparse.Namespace) -> dict[str, Any]:
+    """Both kinds of rates, with and without maps of levels."""
+    found: dict[str, Any] = {}
+    for maps in (False, True):
+        kind = "maps" if maps else "levels"
+        for batch in args.batches:
+            for graphs in (False, True):
+                rate = training_rate(batch, args.steps, maps, graphs)
+                found[f"train {kind} {batch} {'graphs' if graphs else 'plain'}"] = rate
+                how = "graphs" if graphs else "plain"
+                print(f"training, {kind:<7} batch {batch:5d} {how:<7} {rate:10.0f} images/s, {1e3 * batch / rate:.2f} ms", flush=True)
+        for batch in (1024, 4096, 16384):
+            rate = walking_rate(batch, maps)
+            found[f"walk {kind} {batch}"] = rate
+            print(f"walking,  {kind:<7} batch {batch:5d}         {rate:10.0f} images/s", flush=True)
+    return found
+
+
+class Meter(threading.Thread):
+    """Samples of a GPU's utilisation, %, and memory, MB, a fifth of a second apart: (time, utilisation, memory)."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        query = ["nvidia-smi", "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits", "-lms", "200"]
+        self.process = subprocess.Popen(query, stdout=subprocess.PIPE, text=True)
+        self.samples: list[tuple[float, float, float]] = []
+        self.start()
+
+    def run(self) -> None:
+        """Read until the program ends."""
+        for line in self.process.stdout:
+            parts = line.split(",")
+            if len(parts) == 2:
+                self.samples.append((time.time(), float(parts[0]), float(parts[1])))
+
+    def between(self, first: float, last: float) -> tuple[float, float]:
+        """Mean utilisation and largest memory in a stretch of time."""
+        some = [(use, memory) for at, use, memory in self.samples if first <= at <= last]
+        return (statistics.mean(use for use, _ in some), max(memory for _, memory in some)) if some else (math.nan, math.nan)
+
+
+def measure_fit(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
+    """Run the command, watch the GPU, read the run's figures."""
+    meter, begun = Meter(), time.time()
+    command = [sys.executable, "-m", "emdiff.cli", "fit", "--observations", args.observations, "--out", args.out, "--wandb", "off", *rest]
+    code = subprocess.run(command, stderr=subprocess.DEVNULL if args.quiet else None).returncode
+    ended = time.time()
+    meter.process.terminate()
+    if code:
+        raise SystemExit(f"emdiff fit ended with status {code}")
+    run = Path(args.out)
+    folders = [run / "start", *sorted(run.glob("round_*"))]
+    rows, edges = [], [begun, *((folder / "metrics.json").stat().st_mtime for folder in folders)]
+    for folder, first, last in zip(folders, edges, edges[1:]):
+        metrics = json.loads((folder / "metrics.json").read_text())
+        keys = ("iter", "chi2", "std_ratio", "error", "observation_agreement", "prior_std", "restarted", "seconds", "seconds_e", "seconds_m")
+        rows.append({key: metrics[key] for key in keys if key in metrics} | {"busy": meter.between(first, last)[0] / 100})
+        print({key: round(value, 4) for key, value in rows[-1].items()}, flush=True)
+    used = next((at for at, use, _ in meter.samples if use > 0), begun)
+    busy, memory = meter.between(used, ended)
+    figures = {"device": torch.cuda.get_device_name(), "seconds": ended - begun, "busy": busy / 100}
+    figures |= {"seconds_before_gpu": used - begun, "memory_mb": memory}
+    print(json.dumps(figures))
+    return figures | {"rounds": rows}
+
+
+def main() -> None:
+    """Measure one of the two."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("steps", "fit"))
+    parser.add_argument("--observations")
+    parser.add_argument("--out", default="runs/bench_gpu")
+    parser.add_argument("--batches", type=int, nargs="+", default=[128, 512, 2048])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    args, rest = parser.parse_known_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("bench_gpu needs a GPU, and torch sees none here")
+    found = measure_steps(args) if args.part == "steps" else measure_fit(args, rest)
+    print(json.dumps({"torch": torch.__version__, "device": torch.cuda.get_device_name()} | found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+r"""What only a GPU can show: it computes what the CPU computes, graphs replay what they captured, solves never wait for the host.
+
+Run there by `pytest -m gpu`; elsewhere each of these skips.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from emdiff.cli import main
+from emdiff.compiled import compiled
+from emdiff.data import Observations
+from emdiff.em import Draws, Walk, e_step
+from emdiff.guidance import PosteriorDenoiser
+from emdiff.learner import Learner
+from emdiff.mdae import MDAE
+from emdiff.near import near, near_data
+from emdiff.nn import UNet
+from emdiff.pairs import PairLoss
+from emdiff.prior import load_prior, set_precision
+from emdiff.rows import Rows
+from emdiff.training import train
+from observers import Blur, Identity, Mask
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: torch sees none")]
+
+CUDA = torch.device("cuda")
+SHORT = ["--train.steps", "30", "--train.start_steps", "60", "--train.batch", "64", "--walk.levels", "6", "--wandb", "off", "--device", "cuda"]
+
+
+def generator(seed: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
+
+
+def images(count: int = 300) -> Tensor:
+    """Smooth 8 x 8 images of variance 1."""
+    x = torch.nn.functional.avg_pool2d(torch.randn(count, 1, 12, 12, generator=generator(1)), 5, stride=1)[:, 0]
+    return x / x.std()
+
+
+def network(maps: bool = False) -> MDAE:
+    torch.manual_seed(0)
+    return MDAE(UNet((8, 8), widths=(16, 32), patch=1, maps=maps), spread=0.5)
+
+
+def observed(kind: str, x: Tensor) -> Observations:
+    seen = torch.rand(x.shape, generator=generator(2)) < 0.5
+    kernel = torch.ones(1, 3, 3) / 9
+    made = {
+        "noise": lambda: Identity((8, 8), torch.tensor(0.7)),
+        "mask": lambda: Mask((8, 8), torch.tensor(0.3), seen),
+        "blur": lambda: Blur((8, 8), torch.tensor(0.2), kernel),
+    }[kind]()
+    return Observations(made.simulate(x, generator(4)), made)
+
+
+def trained(monkeypatch: pytest.MonkeyPatch, graphs: bool, maps: bool = False, steps: int = 40) -> MDAE:
+    if not graphs:
+        monkeypatch.setattr("emdiff.learner.replayed", lambda denoiser: denoiser)
+    x = images()
+    levels = torch.where(torch.rand(x.shape, generator=generator(2)) < 0.5, 0.3, math.inf) if maps else None
+    loss = PairLoss(Draws(x.to(CUDA), x.to(CUDA), 0.0), 0.1, None if levels is None else levels.to(CUDA))
+    return train(network(maps), loss, len(x), steps, 64, 3e-3, device="cuda").denoiser
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_training_by_graphs_is_training(monkeypatch: pytest.MonkeyPatch, maps: bool) -> None:
+    """The same draws and the same kernels: weights after 40 steps agree as far as sums in another order let them."""
+    lines: list[str] = []
+    monkeypatch.setattr("emdiff.graphs.replayed.__defaults__", (lines.append,))
+    fast = trained(monkeypatch, True, maps)
+    plain = trained(monkeypatch, False, maps)
+    assert not lines
+    for a, b in zip(fast.parameters(), plain.parameters()):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=2e-3)
+
+
+def test_graphs_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The captured network is what training runs, at the batch that it was captured for."""
+    seen, plain = [], Learner.training_step
+
+    def step(self: Learner, index: Tensor, at: int) -> Tensor:
+        loss = plain(self, index, at)
+        seen.append(self.runner[0].backbone.fast is not None)
+        return loss
+
+    monkeypatch.setattr(Learner, "training_step", step)
+    trained(monkeypatch, True, steps=3)
+    assert seen == [True] * 3
+
+
+@pytest.mark.parametrize("kind, guidance", [("noise", "fused"), ("mask", "fused"), ("blur", "cg"), ("blur", "gmres")])
+def test_the_posterior_is_that_of_the_cpu(kind: str, guidance: str) -> None:
+    """Moments of samples by a walk on either device, under one network in float32; draws differ, so to their scatter."""
+    x = images(2000)
+    data = observed(kind, x)
+    loss = PairLoss(Draws(x, x, 0.0), 0.1, level_map(data) if kind == "mask" else None)
+    denoiser = train(network(kind == "mask"), loss, len(x), 150, 64, 3e-3).denoiser
+    walk = Walk(guidance, math.inf if guidance == "fused" else 20.0, levels=12, batch=1000)
+    chains = torch.zeros_like(x)
+    here = e_step(denoiser, data, chains, walk, generator(5)).x
+    there = e_step(denoiser.to(CUDA), data, chains, walk, generator(5, CUDA)).x
+    assert there.device.type == "cpu"
+    for figure in (lambda s: (s - x).square().mean(), lambda s: s.std(), lambda s: (s - x).mean(0).abs().max()):
+        torch.testing.assert_close(figure(there), figure(here), rtol=0.03, atol=0.06)
+
+
+def level_map(data: Observations) -> Tensor:
+    return data.observer.as_measurement(data.obs)[1]
+
+
+def test_a_solve_never_waits_for_the_host() -> None:
+    """CUDA's own check of synchronising calls, over a guided step and all its products."""
+    x = images(64)
+    data = observed("blur", x).to(CUDA)
+    denoiser = network().to(CUDA).eval().requires_grad_(False)
+    posterior = PosteriorDenoiser(denoiser, data.observer, data.obs, "cg", 3, coarse=1.0)
+    y, sigma = x.to(CUDA)[:, None], torch.tensor([0.5])
+    posterior.xhat(y, sigma.to(CUDA))  # libraries are loaded here
+    level = sigma.to(CUDA)
+    torch.cuda.synchronize()
+    posterior.coarse = math.inf
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = posterior.xhat(y, level)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert bool(found.isfinite().all())
+
+
+def test_compiled_walks_are_walks() -> None:
+    """`--compile` replays a compiled network: the same estimates, up to rounding."""
+    lines: list[str] = []
+    denoiser = set_precision(network(), "cuda").to(CUDA).eval().requires_grad_(False)
+    for weight in denoiser.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    fast = compiled(denoiser, "cuda", lines.append)
+    y, level = images(96).to(CUDA)[:, None], torch.tensor([0.7], device=CUDA)
+    with torch.no_grad():
+        for rows in (96, 96, 40):
+            torch.testing.assert_close(fast.xhat(y[:rows], level), denoiser.xhat(y[:rows], level), rtol=0.03, atol=0.03)
+    assert not lines and fast.backbone.fast is not None
+
+
+def test_near_is_what_was_far() -> None:
+    x = torch.randn(5000, 3, 4, generator=generator())
+    far = Rows((5000, 3, 4), x.__getitem__)
+    assert near(far, CUDA).device.type == "cuda" and torch.equal(near(far, CUDA).cpu(), x)
+    data = observed("mask", images())
+    moved = near_data(data, CUDA)
+    assert moved.obs.device.type == "cuda" and torch.equal(moved.rows(slice(3, 7)).obs.cpu(), data.obs[3:7])
+    assert torch.equal(moved.observer.mask.cpu(), data.observer.mask)
+
+
+def test_what_has_no_room_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emdiff.near.SHARE", 0.0)
+    x, data = torch.randn(50, 3), observed("noise", images())
+    assert near(x, CUDA) is x and near_data(data, CUDA) is data
+
+
+@pytest.mark.parametrize("kind", ["noise", "mask", "blur"])
+def test_fit_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """The command from end to end; what it leaves is read on a CPU."""
+    monkeypatch.chdir(tmp_path)
+    x = images(400)
+    data = observed(kind, x)
+    arrays = {name: value.numpy() for name, value in data.observer.arrays().items()}
+    observer, noise = {"noise": ("identity", 0.7), "mask": ("mask", 0.3), "blur": ("blur", 0.2)}[kind]
+    np.savez("obs.npz", obs=data.obs.numpy(), observer=observer, noise_std=np.float32(noise), shape=[8, 8], x=x.numpy(), **arrays)
+    for iters in ("1", "2"):
+        main(["fit", "--observations", "obs.npz", "--iters", iters, "--out", "run", *SHORT])
+    main(["evaluate", "--run", "run", "--observations", "obs.npz", "--samples", "4", "--count", "50", "--device", "cuda"])
+    main(["sample", "--run", "run", "--count", "8", "--out", "s.npz", "--device", "cpu"])
+    prior = load_prior(Path("run/round_002/prior.safetensors"), "cpu")
+    assert all(bool(p.isfinite().all()) for p in prior.denoiser.parameters())
+    assert np.load("s.npz")["x"].shape == (8, 8, 8)
+
+
+def test_an_interrupted_training_goes_on_as_it_would_have(tmp_path: Path) -> None:
+    """States of weights, moments and draws on a GPU: the second half from a state equals the whole, to the scatter of sums in another order."""
+    x = images()
+    loss = PairLoss(Draws(x.to(CUDA), x.to(CUDA), 0.0), 0.1)
+    whole = train(network(), loss, len(x), 40, 64, 3e-3, device="cuda", total=40)
+    first = train(network(), loss, len(x), 20, 64, 3e-3, device="cuda", total=40)
+    second = train(network(), loss, len(x), 20, 64, 3e-3, device="cuda", total=40, memory=first.memory, seed=1)
+    again = train(network(), loss, len(x), 20, 64, 3e-3, device="cuda", total=40, memory=first.memory, seed=1)
+    assert second.memory.step == 40 and whole.steps == 40
+    for a, b in zip(second.denoiser.parameters(), again.denoiser.parameters()):
+        torch.testing.assert_close(a, b, rtol=0.01, atol=1e-3)
