@@ -52,6 +52,9 @@ class Replayed(nn.Module):
         """The graph for inputs like these, in the precision that is in force; None if it cannot be captured."""
         shared = copy.copy(self.backbone)  # its `forward` is replaced, while its weights are those of the original
         precision = torch.get_autocast_dtype("cuda")
+        quiet = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
+        if quiet is not None:  # capturing leaves gradients to be added on a stream of its own, for which autograd waits as it should
+            quiet(False)
         try:
             with torch.autocast("cuda", precision, enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
                 return torch.cuda.make_graphed_callables(shared, (z.clone(), c.clone()))

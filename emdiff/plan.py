@@ -29,8 +29,11 @@ from emdiff.start import Choice, choose_start
 
 Config = dict[str, Any]
 
-SHOWN, SHOWN_BY_GPU = 160_000, 2_048_000
-"""Data that a self-supervised start is shown at most."""
+SHOWN = 160_000
+"""Data that a self-supervised start is shown at most, on a GPU at least."""
+
+GPU_START = 2500
+"""Steps of a start on a GPU, if that shows SHOWN data."""
 
 NO_LIMIT = 10**6
 """Iterations: what --relax stands for when it is not set."""
@@ -85,9 +88,9 @@ def make_plan(config: Config, data: Data, scale: Scale, device: str) -> tuple[Pl
     refresh = default_refresh(len(data), guidance, network["kind"], device) if train["refresh"] is None else train["refresh"]
     if refresh and guidance != "fused":
         raise UsageError(f"--train.refresh {refresh}: chains take turns with fused guidance only, and this is {guidance}; give 0")
-    batch = train["batch"] or default_train_batch(device, network["kind"])
+    batch = train["batch"] or default_train_batch(device, network["kind"], len(data))
     steps = train["steps"] or default_steps(refresh // 2 or len(data), device, network["kind"], batch)
-    start_steps = train["start_steps"] or max(1, (SHOWN_BY_GPU if (device, network["kind"]) == ("cuda", "unet") else SHOWN) // batch)
+    start_steps = train["start_steps"] or max(SHOWN // batch, GPU_START if (device, network["kind"]) == ("cuda", "unet") else 1)
     plan = Plan(
         config["iters"], start, chosen, network, start_steps, steps, batch, train["rate"], refresh, relax,
         maps=maps, seed=config["seed"], device=device, stop=config["stop"] == "auto",
@@ -147,22 +150,29 @@ def default_refresh(count: int, guidance: str, network: str, device: str) -> int
     return -(-count // 5) if (guidance, network, device) == ("fused", "unet", "cpu") and count > 5000 else 0
 
 
-def default_train_batch(device: str, network: str) -> int:
-    """32 for a U-Net on a CPU, which learns more from the same number of data so (docs/ablation.md) and keeps a core busy; 512 for one on a
-    GPU, which takes hardly longer than fewer (docs/speed.md); else 128."""
-    return {("cpu", "unet"): 32, ("cuda", "unet"): 512}.get((device, network), 128)
+def default_train_batch(device: str, network: str, count: int) -> int:
+    """32 for a U-Net on a CPU, which learns more from the same number of data so (docs/ablation.md) and keeps a core busy; on a GPU, where a step
+    takes hardly longer for more data (docs/speed.md), the power of two below a 29th of their number, from 32 to 2048. Else 128.
+
+    >>> [default_train_batch("cuda", "unet", count) for count in (1000, 3000, 10_000, 60_000)]
+    [32, 64, 256, 2048]
+    """
+    if (device, network) == ("cuda", "unet"):
+        return 2 ** max(5, min(11, (count // 29).bit_length() - 1))
+    return 32 if (device, network) == ("cpu", "unet") else 128
 
 
 def default_steps(count: int, device: str, network: str, batch: int) -> int:
     """Steps of an M-step: about 20 passes over the data (10 over those whose turn it is), at least 25,600 data, and at most 51,200 for a U-Net on a
-    CPU, 2,048,000 for one on a GPU, and else 256,000 on a CPU and 512,000 on a GPU. A U-Net on a GPU takes at least 1,000 steps.
+    CPU, 256,000 for an MLP there, and 512,000 for one on a GPU. A U-Net on a GPU is shown count/860 times all data where that is more, and at most
+    3,276,800.
 
-    >>> default_steps(1000, "cpu", "unet", 32), default_steps(60_000, "cpu", "unet", 32), default_steps(60_000, "cuda", "unet", 512)
-    (800, 1600, 2344)
+    >>> default_steps(1000, "cpu", "unet", 32), default_steps(60_000, "cpu", "unet", 32), default_steps(60_000, "cuda", "unet", 2048)
+    (800, 1600, 1600)
     """
-    most = {("cpu", "unet"): 51_200, ("cuda", "unet"): 2_048_000, ("cuda", "mlp"): 512_000}.get((device, network), 256_000)
-    steps = round(min(max(25_600, 20 * count), most) / batch)
-    return max(steps, 1000) if (device, network) == ("cuda", "unet") else steps
+    if (device, network) == ("cuda", "unet"):
+        return round(min(max(25_600, 20 * count, count**2 // 860), 3_276_800) / batch)
+    return round(min(max(25_600, 20 * count), 512_000 if device == "cuda" else 256_000 if network == "mlp" else 51_200) / batch)
 
 
 def check_ranges(walk: Config, train: Config, relax: int | None) -> None:

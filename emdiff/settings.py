@@ -51,8 +51,8 @@ class TrainSettings:
     Args:
         steps: Steps of each M-step. Unset: chosen from the number of observations.
         start_steps: Most steps of the self-supervised start, which held-out observations end earlier; steps of the first M-step after a
-            Gaussian start, which trains no network. Unset: what shows 160,000 data, 2,048,000 to a U-Net on a GPU.
-        batch: Data per step. Unset: 32 for a U-Net on a CPU, 512 for one on a GPU, else 128.
+            Gaussian start, which trains no network. Unset: what shows 160,000 data; of a U-Net on a GPU at least 2,500.
+        batch: Data per step. Unset: for a U-Net 32 on a CPU, on a GPU by their number from 32 to 2048; else 128.
         rate: Learning rate of Adam.
         refresh: Observations walked anew in each iteration, in turn; the M-step trains on all, with the last pair of those it is not the turn of.
             0 for all. Unset: a fifth of more than 5000 images whose observations are fused on a CPU, else all.

@@ -42,7 +42,7 @@ from emdiff.streams import stream, stream_seed
 from emdiff.training import Optimiser, train
 from observers import Identity, Mask
 
-BATCH = default_train_batch("cpu", "unet")
+BATCH = default_train_batch("cpu", "unet", 3000)
 """Data per step; the start has half of them with both signs."""
 
 HELD = 50_000

@@ -157,7 +157,7 @@ def peer(
         samples = torch.cat(x)
         loss = PairLoss(Draws(samples, samples, 0.0), PEER_LAST)
         seed, length = stream_seed(0, "peer m-step", k), first if k == 1 else steps
-        network = train(network, loss, len(data), length, default_train_batch("cpu", "unet"), 2e-3, seed).denoiser
+        network = train(network, loss, len(data), length, default_train_batch("cpu", "unet", len(data)), 2e-3, seed).denoiser
         prior = network
         paused = now()
         yield k, paused - clock - off, prior

@@ -38,17 +38,19 @@ def digits(path: Path, part: str) -> Tensor:
         return torch.from_numpy(file[f"{part}_images"]).float() / 255
 
 
-def clean_prior(path: Path, folder: Path, maps: bool, steps: int, seed: int = 0) -> Prior:
+def clean_prior(path: Path, folder: Path, maps: bool, steps: int, seed: int = 0, batch: int = 128, device: str = "cpu") -> Prior:
     """Load, or train and keep, a prior of the network that `emdiff fit` would choose.
 
     Args:
         path: mnist.npz.
         folder: Where it is kept.
         maps: Train with the levels of masked observations (KEEP, NOISE["mask"]) in four of five inputs.
-        steps: Training steps of 128 digits at rate 2e-3.
+        steps: Training steps at rate 2e-3.
         seed: Seeds weights, masks and training.
+        batch: Digits per step.
+        device: "cpu" or "cuda", where it is trained.
     """
-    file = folder / f"clean-{'maps' if maps else 'levels'}-{steps}-{seed}.safetensors"
+    file = folder / f"clean-{'maps' if maps else 'levels'}-{steps}{'' if batch == 128 else f'x{batch}'}-{seed}.safetensors"
     if not file.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         x = digits(path, "train")
@@ -60,8 +62,9 @@ def clean_prior(path: Path, folder: Path, maps: bool, steps: int, seed: int = 0)
         if maps:
             seen = torch.rand(MAPS, 28, 28, generator=stream(seed, "clean prior maps")) < KEEP
             sigma_z = torch.where(seen, NOISE["mask"] / scale.std, math.inf)
-        denoiser = set_precision(build_network((28, 28), **network), "cpu")
-        trained = train(denoiser, PairLoss(Draws(x, x, 0.0), TAU_LAST, sigma_z), len(x), steps, rate=2e-3, seed=seed)
+        denoiser, x = set_precision(build_network((28, 28), **network), device), x.to(device)
+        loss = PairLoss(Draws(x, x, 0.0), TAU_LAST, None if sigma_z is None else sigma_z.to(device))
+        trained = train(denoiser, loss, len(x), steps, batch, 2e-3, seed, device=device)
         print(f"trained {file.name}: loss {trained.loss:.4f}", flush=True)
         save_prior(file, Prior(trained.denoiser, scale, (28, 28), TAU_LAST, network))
     return load_prior(file)
@@ -74,5 +77,7 @@ if __name__ == "__main__":
     parser.add_argument("--maps", action="store_true")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     a = parser.parse_args()
-    clean_prior(a.data, a.folder, a.maps, a.steps, a.seed)
+    clean_prior(a.data, a.folder, a.maps, a.steps, a.seed, a.batch, a.device)
