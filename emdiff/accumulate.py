@@ -120,7 +120,7 @@ def accumulate(
     Returns:
         Sample(y, xhat, tau) at the last level.
     """
-    at = lambda y, tau: denoiser.xhat(y[:, None], y.new_tensor([tau]))  # noqa: E731
+    at = lambda y, tau: denoiser.xhat(y[:, None], y.new_full((1,), tau))  # noqa: E731
     xhat = at(y, tau)
     for tau_next in taus:
         keep = (tau_next / tau) ** 2
@@ -132,7 +132,7 @@ def accumulate(
             add, r = correction(w, e, h) if denoiser.coherent else (h / 2 * w, 0.0)
             y, xhat = y + add, xhat + r * add
         if steps:
-            score = lambda z, s=y.new_tensor([tau]): denoiser.score(z, s)  # noqa: E731
+            score = lambda z, s=y.new_full((1,), tau): denoiser.score(z, s)  # noqa: E731
             state = start_velocity(y[:, None], 1.0, generator)
             y = walk(score, state, steps, delta * tau, gamma / tau, 1.0, generator, step).y[:, 0]
             xhat = at(y, tau)

@@ -164,7 +164,7 @@ def walk_batch(
     if not isinstance(target, PosteriorDenoiser):
         return Draws(end.y, end.xhat, end.tau)
     residual, iterations = float(target.solve.residual.mean()), float(target.solve.iterations.float().mean())
-    sample = target.draw(end.y[:, None], end.y.new_tensor([end.tau]), generator) if complete else None
+    sample = target.draw(end.y[:, None], end.y.new_full((1,), end.tau), generator) if complete else None
     return Draws(end.y, end.xhat, end.tau, residual=residual, iterations=iterations, sample=sample)
 
 
