@@ -2,9 +2,11 @@
 
     python scripts/bench_gpu.py steps                            training steps and walks: images per second, by batch, with graphs and without
     python scripts/bench_gpu.py fit --observations noisy.npz     the command, as a user gives it; further arguments go to it
+    python scripts/bench_gpu.py figures --out RUN --observations noisy.npz --clean PRIOR     Frechet distances of a run of digits; needs no GPU
 
 "Busy" is the share of time in which a kernel ran, as nvidia-smi reports it (utilization.gpu), the mean of samples a fifth of a second apart from the
-command's first sign of the GPU to its end; by phase, from the run's own times.
+command's first sign of the GPU to its end; by round, from the run's own times. Frechet distances are those of bench_noisy_mnist: to the 60,000 clean
+training digits, in the features of mnist_features, of 3,000 posterior samples (of the first observations) and 2,000 prior samples.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from emdiff.data import Observations
@@ -134,20 +137,46 @@ def measure_fit(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     busy, memory = meter.between(used, ended)
     figures = {"device": torch.cuda.get_device_name(), "seconds": ended - begun, "busy": busy / 100}
     figures |= {"seconds_before_gpu": used - begun, "memory_mb": memory}
-    print(json.dumps(figures))
     return figures | {"rounds": rows}
 
 
+def measure_figures(args: argparse.Namespace) -> dict[str, Any]:
+    """Frechet distances of a run's last prior and of one trained on clean digits, walked alike."""
+    from mnist_features import mnist_features
+
+    from emdiff.metrics import FeatureDistance
+    from emdiff.observations import read_observations
+    from emdiff.posterior import run_walk, sample_posterior
+    from emdiff.prior import load_prior, sample_prior
+    from emdiff.runs import latest_prior
+
+    with np.load(args.data) as file:
+        digits, labels = torch.from_numpy(file["train_images"]).float() / 255, torch.from_numpy(file["train_labels"]).long()
+    frechet = FeatureDistance(mnist_features(digits, labels), digits[:, None])
+    data = read_observations(Path(args.observations)).rows(slice(0, 3000))
+    walk, found = run_walk(Path(args.out), data, "cpu"), {"digits": frechet(digits[:3000, None]).frechet}
+    for name, file in (("fit", latest_prior(Path(args.out))), ("clean", Path(args.clean))):
+        prior = load_prior(file)
+        found[f"{name} posterior"] = frechet(sample_posterior(prior, data, walk, 1, stream(0, "frechet")).x).frechet
+        found[f"{name} prior"] = frechet(sample_prior(prior, 2000, stream(0, "frechet prior"))[:, None]).frechet
+        print(name, {key: round(value, 2) for key, value in found.items()}, flush=True)
+    return found
+
+
 def main() -> None:
-    """Measure one of the two."""
+    """Measure one of the three."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("steps", "fit"))
+    parser.add_argument("part", choices=("steps", "fit", "figures"))
     parser.add_argument("--observations")
     parser.add_argument("--out", default="runs/bench_gpu")
+    parser.add_argument("--clean", help="a prior of scripts/clean_prior.py")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/mnist.npz"))
     parser.add_argument("--batches", type=int, nargs="+", default=[128, 512, 2048])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     args, rest = parser.parse_known_args()
+    if args.part == "figures":
+        return print(json.dumps({"torch": torch.__version__} | measure_figures(args)))
     if not torch.cuda.is_available():
         raise SystemExit("bench_gpu needs a GPU, and torch sees none here")
     found = measure_steps(args) if args.part == "steps" else measure_fit(args, rest)

@@ -1,0 +1,80 @@
+r"""Which batches a captured network runs, and what happens where it cannot be captured; that a GPU computes the same is in test_gpu."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from emdiff.graphs import Replayed, replayed
+from emdiff.mdae import MDAE
+from emdiff.nn import UNet
+
+
+def network() -> UNet:
+    torch.manual_seed(0)
+    net = UNet((8, 8), widths=(4, 8), patch=1)
+    for weight in net.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    return net
+
+
+Z, C = torch.randn(6, 8, 8, generator=torch.Generator().manual_seed(1)), torch.linspace(0.1, 2.0, 6).reshape(6, 1, 1)
+
+
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Stand in for CUDA: the module with a `forward` that says what it was given."""
+    seen: list[torch.Size] = []
+
+    def capture(module, example):
+        plain = module.forward
+
+        def forward(z: Tensor, c: Tensor) -> Tensor:
+            seen.append(z.shape)
+            return plain(z, c)
+
+        module.forward = forward
+        return module
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    return seen
+
+
+def test_the_graph_runs_training_batches_of_its_shape_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, net = captured(monkeypatch), network()
+    fast = Replayed(net, pytest.fail)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(Z, C), net(Z, C))
+    for rows, levels in ((4, 4), (4, 4), (3, 3), (4, 1)):
+        torch.testing.assert_close(fast(Z[:rows], C[:levels]), net(Z[:rows], C[:levels]))
+    leaf = Z[:4].clone().requires_grad_(True)
+    (slope,) = torch.autograd.grad(fast(leaf, C[:4]).sum(), leaf)
+    assert seen == [(4, 8, 8)] * 2 and bool(slope.isfinite().all())
+
+
+def test_gradients_reach_the_weights_that_the_optimiser_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, net = captured(monkeypatch), network()
+    Replayed(net, pytest.fail)(Z, C).square().sum().backward()
+    got = [weight.grad.clone() for weight in net.parameters()]
+    net.zero_grad()
+    net(Z, C).square().sum().backward()
+    assert len(seen) == 1, "the network's own forward is not replaced"
+    for mine, weight in zip(got, net.parameters()):
+        torch.testing.assert_close(mine, weight.grad)
+
+
+def test_a_capture_that_fails_costs_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(module, example):
+        raise RuntimeError("no such stream\nmore")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
+    net, lines = network(), []
+    fast = Replayed(net, lines.append)
+    for _ in range(2):
+        torch.testing.assert_close(fast(Z, C), net(Z, C))
+    assert lines == ["training without CUDA graphs (RuntimeError: no such stream)"]
+
+
+def test_on_a_cpu_training_is_as_it_was() -> None:
+    denoiser = MDAE(network())
+    assert replayed(denoiser) is denoiser
