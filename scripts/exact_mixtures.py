@@ -12,6 +12,7 @@ examples do, by the Bayesian information criterion on all observations.
 Figures: mean log-likelihood of 32,768 held-out observations, in closed form for both (where emdiff's network departs from its mixture, over samples
 of the prior), and the paired difference with its standard error; Sinkhorn divergence S (exact_tools, regularisation .05, squared, 500 points) and
 exact transport cost W2^2 (1,000 points) to true points, means over PAIRS pairs of sets; the row of true points says what their scatter alone gives.
+"population": the same S between the laws themselves, which have densities, without scatter, and its dual form (exact_sinkhorn).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from exact_sinkhorn import MEANS, ROOTS, SHARES, to_truth
 from exact_tools import row, sinkhorn_divergence, transport
 from timed_command import command
 from torch import Tensor
@@ -53,10 +55,8 @@ def points(name: str, count: int, seed: int) -> np.ndarray:
 
         x, outer = make_circles(2 * count, noise=0.03, factor=0.5, random_state=seed)
         return x[outer == 0]
-    means = np.array([[-1.0, -0.5], [0.8, -0.8], [0.0, 0.9], [0.9, 0.4]])
-    roots = np.array([[[0.3, 0.0], [0.1, 0.1]], [[0.1, 0.0], [0.0, 0.3]], [[0.4, 0.0], [0.0, 0.05]], [[0.1, 0.0], [-0.1, 0.15]]])
-    j = rng.choice(4, count, p=[0.3, 0.2, 0.35, 0.15])
-    return means[j] + np.einsum("nde,ne->nd", roots[j], rng.normal(size=(count, 2)))
+    j = rng.choice(4, count, p=SHARES)
+    return MEANS[j] + np.einsum("nde,ne->nd", ROOTS[j], rng.normal(size=(count, 2)))
 
 
 def noise(count: int, seed: int) -> np.ndarray:
@@ -171,6 +171,10 @@ def compare(name: str, folder: Path, seed: int, quick: bool, components: tuple[i
     figures |= {f"{who}_held_out": float(value.mean()) for who, value in log_p.items()}
     figures |= {"gain": float(gain.mean()), "gain_error": float(gain.std() / len(gain) ** 0.5), "bic_components": len(bic.weights)}
     figures |= {"gain_bic": float(over_bic.mean()), "gain_bic_error": float(over_bic.std() / len(over_bic) ** 0.5)}
+    for who, law in {"emdiff": ours, "xd": xd, "bic": bic}.items():
+        if law is not None:
+            S = to_truth(name, law)
+            figures |= {f"{who}_population_sinkhorn": S.sharp, f"{who}_population_sinkhorn_dual": S.dual}
     for who, sample in sets.items():
         halves = list(zip(sample.split(many), real.split(many)))
         figures[f"{who}_sinkhorn"] = float(np.mean([sinkhorn_divergence(a[:few], b[:few]) for a, b in halves]))
