@@ -174,7 +174,7 @@ def compare(name: str, folder: Path, seed: int, quick: bool, components: tuple[i
     for who, law in {"emdiff": ours, "xd": xd, "bic": bic}.items():
         if law is not None:
             S = to_truth(name, law)
-            figures |= {f"{who}_population_sinkhorn": S.sharp, f"{who}_population_sinkhorn_dual": S.dual}
+            figures |= {f"{who}_population_sinkhorn": S.sharp, f"{who}_population_dual": S.dual}
     for who, sample in sets.items():
         halves = list(zip(sample.split(many), real.split(many)))
         figures[f"{who}_sinkhorn"] = float(np.mean([sinkhorn_divergence(a[:few], b[:few]) for a, b in halves]))
