@@ -63,7 +63,9 @@ class Variant(NamedTuple):
         turn: Share of the observations walked anew per iteration.
         keep: Train on the last pairs of the others too.
         steps: Steps of an M-step.
-        relax: "auto", "never", or "two": the first two E-steps.
+        taper: Factor by which an M-step is shorter than the one before.
+        relax: "auto", "never", "two": the first two E-steps, or "lambda": samples (1 - l) xhat + l x, xhat the jump at tau_relax and x the one at the
+            end of the same walk, and l = 0, 1/4, 1/2, 3/4 in the first four E-steps; exact after them.
         anchor: Recorrupted observations per pair in the M-step's batches.
         levels: Of the E-step's walk.
         iters: Iterations.
@@ -75,6 +77,7 @@ class Variant(NamedTuple):
     turn: float = 1.0
     keep: bool = True
     steps: int = 1600
+    taper: float = 1.0
     relax: str = "auto"
     anchor: float = 0.0
     levels: int = 24
@@ -93,6 +96,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "anchor": {"turn": 0.25, "steps": 800, "iters": 8, "anchor": 0.5},
     "exact": {"turn": 0.25, "steps": 800, "iters": 8, "relax": "never"},
     "relax twice": {"turn": 0.25, "steps": 800, "iters": 8, "relax": "two"},
+    "lambda": {"turn": 0.25, "steps": 800, "iters": 8, "relax": "lambda"},
+    "taper": {"turn": 0.25, "taper": 0.75, "iters": 8},
     "16 levels": {"turn": 0.25, "steps": 800, "iters": 8, "levels": 16},
 }
 """By name, what differs from Variant's defaults."""
@@ -204,7 +209,10 @@ class Setting:
             if k > 1:
                 rows = order[((k - 2) * turn + torch.arange(turn)) % count]
                 some, walk = self.data.rows(rows), Walk(levels=v.levels)
-                draws = drawn(e_step(denoiser, some, None, relaxed_walk(some, walk) if relax else walk, stream(0, "e-step", k)))
+                if v.relax == "lambda" and k < 6:
+                    draws = partly_relaxed(denoiser, some, walk, (k - 2) / 4, stream(0, "e-step", k))
+                else:
+                    draws = drawn(e_step(denoiser, some, None, relaxed_walk(some, walk) if relax else walk, stream(0, "e-step", k)))
                 draws = over_relaxed(draws) if relax else draws
                 y[rows], x, tau[rows], std = draws.y, x.index_copy(0, rows, draws.x), draws.tau, float(draws.x.std())
                 last = torch.arange(count) if v.keep else rows
@@ -212,9 +220,18 @@ class Setting:
             ends = y + lacking * torch.randn(y.shape, generator=stream(0, "ends", k))
             pairs: Any = PairLoss(Draws(ends[last], x[last], Walk().tau_last), Walk().tau_last, self.maps)
             loss = Anchored(pairs, self.data, v.anchor) if v.anchor else pairs
-            denoiser = train(denoiser, loss, len(last), first if k == 1 else steps, BATCH, 2e-3, stream_seed(0, "m-step", k)).denoiser
+            length = first if k == 1 else max(1, round(steps * v.taper ** (k - 1)))
+            denoiser = train(denoiser, loss, len(last), length, BATCH, 2e-3, stream_seed(0, "m-step", k)).denoiser
             clock += self.now() - begin
             yield {"iteration": k, "seconds": clock, "relaxed": bool(relax), **self.judge(denoiser)}
+
+
+def partly_relaxed(denoiser: MDAE, data: Observations, walk: Walk, share: float, generator: torch.Generator) -> Draws:
+    """Complete samples between jumps at tau_relax and those at the end of the same walks: `share` of the way."""
+    early = e_step(denoiser, data, None, relaxed_walk(data, walk), generator)
+    rest = walk._replace(tau_first=walk.tau_relax, levels=max(2, walk.levels // 4))
+    late = e_step(denoiser, data, early.y, rest, generator, tau_chains=walk.tau_relax)
+    return over_relaxed(early._replace(x=torch.lerp(early.x, late.x, share)))
 
 
 def table(name: str, rows: list[dict[str, float]]) -> str:
