@@ -87,8 +87,11 @@ def deviations(denoiser: Denoiser, parts: Iterable[Observations], generator: tor
 
     Returns:
         Deviations, c^2 within SPREAD.
+
+    Raises:
+        ValueError: no observations to measure them on.
     """
-    error, square, hidden = 0.0, 0.0, []
+    error, square, hidden, part = 0.0, 0.0, [], None
     for part in parts:
         z, sigma_z = part.observer.as_measurement(part.obs)
         if not bool(sigma_z.isfinite().all()):
@@ -98,6 +101,8 @@ def deviations(denoiser: Denoiser, parts: Iterable[Observations], generator: tor
         xi = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
         error += float(((z - xhat).square() - sigma_z.square() + 2 * xi * V(xi)).sum())
         square += float(lanczos_sqrt(V, xi, LANCZOS).square().sum())
+    if part is None:
+        raise ValueError("deviations are measured on observations that training did not see, and there are none")
     low, high = SPREAD
     c = 1.0 if square == 0 else min(max(error / square, low), high) ** 0.5
     return Deviations(c, sum(hidden) / max(1, len(hidden)))

@@ -157,8 +157,7 @@ class Setting:
                 x = torch.cat([condition(gaussian, part.observer, part.obs, g).x for part in parts])
             else:
                 denoiser = self.self_supervised(denoiser, v.anneal)
-                new = [part for i, part in enumerate(parts) if 500 * i >= len(self.data) * 9 // 10]
-                by = deviations(denoiser, new, g)
+                by = deviations(denoiser, last_tenth(self.data), g)
                 x = torch.cat([first_samples(denoiser, part, g, by if v.deviate else Deviations()) for part in parts])
             self.starts[key] = denoiser, x, self.now() - clock
         return self.starts[key]
@@ -224,6 +223,11 @@ class Setting:
             denoiser = train(denoiser, loss, len(last), length, BATCH, 2e-3, stream_seed(0, "m-step", k)).denoiser
             clock += self.now() - begin
             yield {"iteration": k, "seconds": clock, "relaxed": bool(relax), **self.judge(denoiser)}
+
+
+def last_tenth(data: Observations, batch: int = 500) -> list[Observations]:
+    """The observations that the start's training is not shown, in batches."""
+    return [data.rows(slice(i, min(i + batch, len(data)))) for i in range(len(data) - len(data) // 10, len(data), batch)]
 
 
 def partly_relaxed(denoiser: MDAE, data: Observations, walk: Walk, share: float, generator: torch.Generator) -> Draws:

@@ -10,14 +10,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
+from ablation import last_tenth  # noqa: E402
 from bench_fit import Row, minutes, reached  # noqa: E402
 from bench_trust import scores  # noqa: E402
 from exact import covariance  # noqa: E402
 from peer_ddpm import ddpm_sample  # noqa: E402
 
 from emdiff.denoise import GaussianDenoiser  # noqa: E402
+from emdiff.first_samples import deviations  # noqa: E402
 from emdiff.observations import Observations  # noqa: E402
-from observers import Mask  # noqa: E402
+from observers import Identity, Mask  # noqa: E402
 
 
 def test_proper_scores_prefer_the_true_posterior_and_the_error_of_a_sample_does_not() -> None:
@@ -54,3 +56,13 @@ def test_a_target_counts_only_for_calibrated_rows_where_that_is_asked() -> None:
     assert reached([low, good], 0.012, True) == good and reached([low, good], 0.012, False) == low
     assert reached([low, good], 0.009, False) is None
     assert [(m["minute"], m["iteration"]) for m in minutes([low, good])] == [(1, 1), (2, 2)]
+
+
+@pytest.mark.parametrize("count", [200, 3000, 10_000])
+def test_the_ablation_measures_deviations_on_all_that_its_start_is_not_shown(count: int) -> None:
+    """The last tenth, whatever its size is to that of a batch; with none of it there would be nothing to measure, which is refused."""
+    data = Observations(torch.arange(float(count))[:, None], Identity((1,), torch.tensor(0.5)))
+    parts = last_tenth(data)
+    assert torch.equal(torch.cat([part.obs for part in parts])[:, 0], torch.arange(float(count))[-(count // 10) :])
+    with pytest.raises(ValueError, match="did not see"):
+        deviations(GaussianDenoiser.from_covariance(torch.zeros(1), torch.ones(1, 1)), [])
