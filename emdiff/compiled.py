@@ -7,13 +7,13 @@ later, ends the attempt with one line that names the reason, and the network run
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from emdiff.graphs import first_line, with_backbone
 from emdiff.mdae import MDAE
 from emdiff.prior import Prior
 
@@ -57,16 +57,13 @@ class Compiled(nn.Module):
         return a if len(a) == self.rows else torch.cat([a, a.new_zeros(self.rows - len(a), *a.shape[1:])])
 
     def _give_up(self, error: Exception) -> None:
-        lines = str(error).strip().splitlines()
         self.fast = None
-        self.warn(f"--compile: torch.compile failed, going on without ({type(error).__name__}: {lines[0] if lines else 'no message'})")
+        self.warn(f"--compile: torch.compile failed, going on without ({first_line(error)})")
 
 
 def compiled(denoiser: MDAE, device: str, warn: Warn = lambda line: print(f"warning: {line}", file=sys.stderr)) -> MDAE:
     """A denoiser that shares the weights of another and runs its backbone compiled; for inference alone."""
-    fast = copy.copy(denoiser)
-    fast._modules = {**denoiser._modules, "backbone": Compiled(denoiser.backbone, device, warn)}
-    return fast
+    return with_backbone(denoiser, Compiled(denoiser.backbone, device, warn))
 
 
 def for_sampling(prior: Prior, device: str, compile: bool) -> Prior:

@@ -94,10 +94,14 @@ def observer_name(data: Data) -> str:
 
 def held(data: Data) -> Data:
     """The data in memory where they are small (`rows.small`), which spares each batch the work of reading and changing its rows; else as they are."""
+    return data.rows(slice(None)) if small(size(data)) else data
+
+
+def size(data: Data) -> int:
+    """Bytes of all observations, and of what differs between their operators and noises, as rows are given."""
     two = data.rows(slice(0, 2))
     tensors = [two.obs, *two.observer.noise.tensors().values(), *two.observer.arrays().values()]
-    each = sum(t.numel() * t.element_size() for t in tensors if t.ndim and t.shape[0] == 2) // 2
-    return data.rows(slice(None)) if small(len(data) * each) else data
+    return len(data) * sum(t.numel() * t.element_size() for t in tensors if t.ndim and t.shape[0] == 2) // 2
 
 
 class Measured(NamedTuple):

@@ -91,8 +91,9 @@ def deviations(denoiser: Denoiser, parts: Iterable[Observations], generator: tor
     Raises:
         ValueError: no observations to measure them on.
     """
-    error, square, hidden, part = 0.0, 0.0, [], None
+    error, square, hidden, count = 0.0, 0.0, [], 0
     for part in parts:
+        count += len(part)
         z, sigma_z = part.observer.as_measurement(part.obs)
         if not bool(sigma_z.isfinite().all()):
             hidden.append(hidden_variance(denoiser, part, generator))
@@ -101,7 +102,7 @@ def deviations(denoiser: Denoiser, parts: Iterable[Observations], generator: tor
         xi = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
         error += float(((z - xhat).square() - sigma_z.square() + 2 * xi * V(xi)).sum())
         square += float(lanczos_sqrt(V, xi, LANCZOS).square().sum())
-    if part is None:
+    if not count:
         raise ValueError("deviations are measured on observations that training did not see, and there are none")
     low, high = SPREAD
     c = 1.0 if square == 0 else min(max(error / square, low), high) ** 0.5

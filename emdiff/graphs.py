@@ -38,7 +38,7 @@ class Replayed(nn.Module):
         self.fast: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def forward(self, z: Tensor, c: Tensor) -> Tensor:
-        """F(z, c), shape of z."""
+        """F(z, c), shape of z: z (B, *S), c as in `emdiff.nn`."""
         if not torch.is_grad_enabled() or z.requires_grad or c.requires_grad:
             return self.backbone(z, c)
         if not self.shapes:
@@ -59,9 +59,25 @@ class Replayed(nn.Module):
             with torch.autocast("cuda", precision, enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
                 return torch.cuda.make_graphed_callables(shared, (z.clone(), c.clone()))
         except Exception as error:  # noqa: BLE001 - whatever it is, the training goes on without
-            lines = str(error).strip().splitlines()
-            self.warn(f"training without CUDA graphs ({type(error).__name__}: {lines[0] if lines else 'no message'})")
+            self.warn(f"training without CUDA graphs ({first_line(error)})")
             return None
+
+
+def first_line(error: Exception) -> str:
+    r"""The kind of an error and the first line of its message.
+
+    >>> first_line(RuntimeError("no stream\nmore"))
+    'RuntimeError: no stream'
+    """
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def with_backbone(denoiser: nn.Module, backbone: nn.Module) -> nn.Module:
+    """A denoiser that shares all with another but the network that it calls its backbone."""
+    other = copy.copy(denoiser)
+    other._modules = {**denoiser._modules, "backbone": backbone}
+    return other
 
 
 def replayed(denoiser: nn.Module, warn: Warn = lambda line: print(f"note: {line}", file=sys.stderr)) -> nn.Module:
@@ -72,6 +88,4 @@ def replayed(denoiser: nn.Module, warn: Warn = lambda line: print(f"note: {line}
         return denoiser
     if any(nn.utils.parametrize.is_parametrized(module) for module in backbone.modules()):
         return denoiser
-    fast = copy.copy(denoiser)
-    fast._modules = {**denoiser._modules, "backbone": Replayed(backbone, warn)}
-    return fast
+    return with_backbone(denoiser, Replayed(backbone, warn))

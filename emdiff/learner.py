@@ -97,7 +97,7 @@ class Learner(pl.LightningModule):
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(self.resumed.tensors["global_cuda"], self.device)
         self.losses = [loss.to(self.device) for loss in self.losses]
-        self.runner = (replayed(self.denoiser) if self.team.alone else self.denoiser,)
+        self.runner = (replayed(self.denoiser) if self.team.alone else self.denoiser,)  # a tuple hides it from the module, whose weights it shares
 
     def training_step(self, index: Tensor, step: int) -> Tensor:
         """The loss of a batch of indices (B,), shape (): times B over its mean among processes, so that the mean of gradients is that of the data."""

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from emdiff.data import Data
+from emdiff.data import Data, size
 from emdiff.rows import Array, row_spans
 
 SHARE = 0.25
@@ -36,8 +36,5 @@ def near(array: Array, device: torch.device) -> Array:
 
 
 def near_data(data: Data, device: torch.device) -> Data:
-    """Observations and their operators on the device if there is room, else as they are."""
-    two = data.rows(slice(0, 2)).to("cpu")
-    tensors = [two.obs, *two.observer.noise.tensors().values(), *two.observer.arrays().values()]
-    each = sum(t.numel() * t.element_size() for t in tensors if t.ndim and t.shape[0] == 2) / 2
-    return data.rows(slice(None)).to(device) if len(data) * each <= room(device) else data
+    """Observations (N, *O) and their operators on the device if there is room, else as they are."""
+    return data.rows(slice(None)).to(device) if size(data) <= room(device) else data

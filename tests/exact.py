@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from emdiff.denoise import Denoiser
+from emdiff.nn import UNet
 from observers import Identity, Mask, Observer, Projection
 
 M, SIGMA, U = 3, 0.7, 0.25
@@ -136,3 +137,16 @@ def mixture_posterior(weights: Tensor, means: Tensor, covs: Tensor, H: np.ndarra
     mean = sum(w * m for w, (m, _, _) in zip(r, parts))
     second = sum(w * (V + np.outer(m, m)) for w, (m, V, _) in zip(r, parts))
     return mean, second - np.outer(mean, mean)
+
+
+def unet() -> UNet:
+    """A small U-Net of 8 x 8 images, untrained, with weights that all matter."""
+    torch.manual_seed(0)
+    net = UNet((8, 8), widths=(4, 8), patch=1)
+    for weight in net.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    return net
+
+
+Z, C = normal(6, 8, 8, seed=1).float(), torch.linspace(0.1, 2.0, 6).reshape(6, 1, 1)
+"""Its inputs: six images and their levels."""

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from exact import C, Z, unet
 from torch import Tensor
 
 from emdiff.compiled import Compiled, compiled
@@ -13,21 +14,14 @@ from emdiff.mdae import MDAE
 from emdiff.nn import UNet
 
 
-def network() -> UNet:
-    torch.manual_seed(0)
-    net = UNet((8, 8), widths=(4, 8), patch=1)
-    for weight in net.parameters():
-        torch.nn.init.normal_(weight, std=0.2)
-    return net.eval().requires_grad_(False)
-
-
-Z, C = torch.randn(6, 8, 8, generator=torch.Generator().manual_seed(1)), torch.linspace(0.1, 2.0, 6).reshape(6, 1, 1)
+def frozen() -> UNet:
+    return unet().eval().requires_grad_(False)
 
 
 def test_the_compiled_network_is_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced for real, by dynamo; run by its eager backend, which needs no C++ compiler and no time."""
     monkeypatch.setattr(torch, "compile", functools.partial(_traced, compile=torch.compile))
-    net, lines = network(), []
+    net, lines = frozen(), []
     denoiser = MDAE(net)
     fast = compiled(denoiser, "cpu", lines.append)
     with torch.no_grad():
@@ -42,7 +36,7 @@ def _traced(backbone, dynamic, mode, compile):
 
 
 def test_smaller_batches_are_padded_and_larger_ones_and_gradients_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    net, seen = network(), []
+    net, seen = frozen(), []
 
     def record(z: Tensor, c: Tensor) -> Tensor:
         seen.append((len(z), len(c)))
@@ -67,7 +61,7 @@ def test_a_failing_compiler_costs_one_line_that_names_the_reason(monkeypatch: py
         raise RuntimeError("no C++ compiler\nmore")
 
     monkeypatch.setattr(torch, "compile", fail if at == "compilation" else lambda backbone, **options: fail)
-    net, lines = network(), []
+    net, lines = frozen(), []
     fast = Compiled(net, "cpu", lines.append)
     for _ in range(2):
         torch.testing.assert_close(fast(Z, C), net(Z, C))

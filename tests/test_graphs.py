@@ -4,22 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from exact import C, Z, unet
 from torch import Tensor
 
 from emdiff.graphs import Replayed, replayed
 from emdiff.mdae import MDAE
-from emdiff.nn import UNet
-
-
-def network() -> UNet:
-    torch.manual_seed(0)
-    net = UNet((8, 8), widths=(4, 8), patch=1)
-    for weight in net.parameters():
-        torch.nn.init.normal_(weight, std=0.2)
-    return net
-
-
-Z, C = torch.randn(6, 8, 8, generator=torch.Generator().manual_seed(1)), torch.linspace(0.1, 2.0, 6).reshape(6, 1, 1)
 
 
 def captured(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
@@ -41,7 +30,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
 
 def test_the_graph_runs_training_batches_of_its_shape_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, net = captured(monkeypatch), network()
+    seen, net = captured(monkeypatch), unet()
     fast = Replayed(net, pytest.fail)
     with torch.no_grad():
         torch.testing.assert_close(fast(Z, C), net(Z, C))
@@ -53,7 +42,7 @@ def test_the_graph_runs_training_batches_of_its_shape_and_nothing_else(monkeypat
 
 
 def test_gradients_reach_the_weights_that_the_optimiser_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, net = captured(monkeypatch), network()
+    seen, net = captured(monkeypatch), unet()
     Replayed(net, pytest.fail)(Z, C).square().sum().backward()
     got = [weight.grad.clone() for weight in net.parameters()]
     net.zero_grad()
@@ -68,7 +57,7 @@ def test_a_capture_that_fails_costs_one_line(monkeypatch: pytest.MonkeyPatch) ->
         raise RuntimeError("no such stream\nmore")
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
-    net, lines = network(), []
+    net, lines = unet(), []
     fast = Replayed(net, lines.append)
     for _ in range(2):
         torch.testing.assert_close(fast(Z, C), net(Z, C))
@@ -76,5 +65,5 @@ def test_a_capture_that_fails_costs_one_line(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_on_a_cpu_training_is_as_it_was() -> None:
-    denoiser = MDAE(network())
+    denoiser = MDAE(unet())
     assert replayed(denoiser) is denoiser
