@@ -311,6 +311,24 @@ def test_the_start_of_a_fit_has_both_signs_in_each_batch_and_a_rate_that_ends_at
     assert len(seen) == 4 and all(seen) and rates[0].anneal
 
 
+@pytest.mark.parametrize("missing", [False, True])
+def test_the_start_of_a_fit_hides_observed_entries_where_some_are_missing_and_only_there(tmp_path: Path, monkeypatch, missing: bool) -> None:
+    hidden = []
+
+    def loss(denoiser, batch):
+        hidden.append(bool((batch.sigma[:, 0].isinf() & (batch.weight > 0)).any()))
+        return self_supervised_loss(denoiser, batch)
+
+    monkeypatch.setattr("emdiff.firsts.self_supervised_loss", loss)
+    x, g = normal(60, 4, 4).float(), generator(5)
+    seen = torch.rand(60, 4, 4, generator=g) < (0.5 if missing else 2.0)
+    made = Mask((4, 4), torch.tensor(0.2), seen)
+    write_observations(tmp_path / "obs.npz", Observations(made.simulate(x, g), made))
+    short = ["--train.steps", "2", "--train.start-steps", "4", "--train.batch", "16", "--walk.levels", "3", "--wandb", "off", "--device", "cpu"]
+    main(["fit", "--observations", str(tmp_path / "obs.npz"), "--out", str(tmp_path / "run"), "--start", "self-supervised", "--iters", "1", *short])
+    assert len(hidden) == 4 and all(h == missing for h in hidden)
+
+
 @pytest.mark.parametrize(
     "start, batch, shares",
     [

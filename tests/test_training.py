@@ -7,6 +7,8 @@ from safetensors.torch import save_file
 
 from emdiff.em import Draws
 from emdiff.errors import FitFailed, UsageError
+from emdiff.learner import Learner
+from emdiff.memory import Optimiser
 from emdiff.metrics import residual_chi2
 from emdiff.observations import Observations
 from emdiff.pairs import PairLoss
@@ -14,6 +16,7 @@ from emdiff.prior import Prior, build_network, choose_network, load_prior, sampl
 from emdiff.scale import Scale
 from emdiff.streams import stream, stream_seed
 from emdiff.training import train
+from emdiff.watch import Diverged, Watch
 from observers import Identity
 
 
@@ -55,6 +58,16 @@ def test_held_out_loss_ends_training_and_keeps_the_best_weights():
 def test_a_loss_that_is_not_finite_is_an_error():
     with pytest.raises(FitFailed, match="rate"):
         train(Line(), lambda net, i, g: net.a * float("nan"), 8, 5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_a_divergence_though_the_loss_is(value):
+    learner = Learner(Line(), slope_loss, Optimiser(), 100, 0)
+    learner.losses, watch = [torch.tensor(1.0)] * 20, Watch(learner, None, None, "")
+    watch.look(learner)
+    learner.average.a.fill_(value)
+    with pytest.raises(Diverged, match="weights"):
+        watch.look(learner)
 
 
 def test_each_index_is_seen_once_per_epoch():
