@@ -48,7 +48,11 @@ class Observations:
 
     def to(self, device: torch.device | str) -> Observations:
         """A copy on a device."""
-        return Observations(self.obs.to(device), self.observer.to(device))
+        return self.mapped(lambda tensor: tensor.to(device))
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Observations:
+        """A copy with every tensor changed."""
+        return Observations(change(self.obs), self.observer.mapped(change))
 
 
 @dataclass(frozen=True, eq=False)

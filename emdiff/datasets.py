@@ -28,10 +28,16 @@ from emdiff.archive import array_names, declared, load_array, open_archive
 from emdiff.errors import UsageError
 from emdiff.files import sha256
 from emdiff.observations import read_data
+from emdiff.rows import Rows
 
 NAMES = ("mnist", "cifar10", "fashion_mnist", "digits")
 TORCHVISION = {"mnist": "MNIST", "cifar10": "CIFAR10", "fashion_mnist": "FashionMNIST"}
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
+
+
+def in_units(stored: Tensor) -> Tensor:
+    """Data in the user's units, float32, from what is stored: uint8 divided by 255."""
+    return stored.float() / 255 if stored.dtype == torch.uint8 else stored.float()
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +64,14 @@ class Dataset:
     def __len__(self) -> int:
         return self.count
 
+    def stored(self) -> Rows:
+        """The data as they are stored, uint8 or float, (N, *S)."""
+        at = lambda index: np.arange(self.count)[index] if isinstance(index, slice) else index.numpy()  # noqa: E731
+        return Rows((self.count, *self.shape), lambda index: torch.from_numpy(np.ascontiguousarray(self.rows(at(index)))))
+
     def read(self, index: Tensor) -> Tensor:
         """Data at indices (B,): (B, *S), float32, on the CPU; uint8 is divided by 255."""
-        values = torch.from_numpy(np.ascontiguousarray(self.rows(index.cpu().numpy())))
-        return values.float() / 255 if values.dtype == torch.uint8 else values.float()
+        return in_units(self.stored()[index.cpu()])
 
     def first(self, count: int | None) -> Dataset:
         """The first `count` data; all for None."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from emdiff.accumulate import accumulate, levels
+from emdiff.ahead import ahead
 from emdiff.basewalk import descend, fused, guided
 from emdiff.data import Data, Observations, measured, observer_name
 from emdiff.deconvolution import whitened
@@ -227,13 +228,13 @@ def e_step(
     arrays: dict[str, Any] = {name: store(name, shape) for name in names} if store else {}
     if done.parts and not all(array.found for array in arrays.values()):
         done.forget(generator)
-    for i in range(done.count(), len(data), walk.batch):
+    parts = [slice(i, min(i + walk.batch, len(data))) for i in range(done.count(), len(data), walk.batch)]
+    batches = ahead(lambda span: (data.rows(span), None if chains is None else chains[span]), parts, device)
+    for span in parts:
         done.between(arrays, generator)
-        if i:
-            progress(i)
-        span = slice(i, min(i + walk.batch, len(data)))
-        before = None if chains is None else chains[span].to(device)
-        draws = _walk_within(bound, prior, data.rows(span).to(device), before, walk, taus, generator, tau_chains)
+        if span.start:
+            progress(span.start)
+        draws = _walk_within(bound, prior, *next(batches), walk, taus, generator, tau_chains)
         for name in names:
             batch = getattr(draws, name)
             if name not in arrays:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from emdiff.ahead import ahead
 from emdiff.components import STAGES, fit_mixture
 from emdiff.data import Data, Observations, measured
 from emdiff.em import e_step
@@ -62,9 +63,8 @@ def start_round(
         gaussian = fit_gaussian(own, GAUSSIAN_ITERATIONS, generator=draw, progress=bar, total=team.total, length=length).to(plan.device)
     draw, x, largest = stream(team.seed(plan.seed), "first samples", device=plan.device), own_x(run, own, team), 0.0
     bar = listener.phase("start: first samples", len(own))
-    for i in range(0, len(own), plan.walk.batch):
-        span = slice(i, min(i + plan.walk.batch, len(own)))
-        batch = own.rows(span).to(plan.device)
+    parts = [slice(i, min(i + plan.walk.batch, len(own))) for i in range(0, len(own), plan.walk.batch)]
+    for span, batch in zip(parts, ahead(own.rows, parts, torch.device(plan.device))):
         if plan.start.kind == "gaussian":
             part = pathwise(gaussian, batch.observer, batch.obs, draw)
         else:
@@ -125,20 +125,42 @@ def start_from_prior(
 
 def train_start(denoiser: MDAE, data: Data, plan: Plan, listener: Listener, checkpoint: Path, team: Team = ALONE) -> Trained:
     """Train a denoiser on recorrupted observations, half a batch of them with both signs, a tenth held out, at most HELD_OUT."""
-
-    data, complete = near_data(data, torch.device(plan.device)), measured(data).complete
-    where = data.rows(slice(0, 1)).obs.device
-
-    def loss(denoiser: MDAE, index: Tensor, draws: torch.Generator) -> Tensor:
-        batch = data.rows(index.to(where))
-        z, sigma = (part.to(draws.device) for part in batch.observer.as_measurement(batch.obs))
-        return self_supervised_loss(denoiser, antithetic(recorrupt(z, sigma.expand(z.shape), draws, complete=complete), z))
-
+    loss = Recorruption(near_data(data, torch.device(plan.device)), measured(data).complete)
     bar = listener.phase("start: self-supervised training", plan.start_steps)
     seed = stream_seed(plan.seed, "self-supervised")
     pairs, rate = max(1, plan.batch // 2), Optimiser(rate=plan.rate)
     how = (plan.start_steps, pairs, plan.rate, seed, held_out(len(data)), plan.device, bar, checkpoint, rate)
     return train(denoiser, loss, len(data), *how, team=team)
+
+
+class Measurements(NamedTuple):
+    """A batch of observations as measurements z (B, *S) of levels sigma_z (B or 1, *S or ones)."""
+
+    z: Tensor
+    sigma_z: Tensor
+
+
+class Recorruption:
+    """The start's loss: each observation recorrupted, with both signs of what was added (start).
+
+    Args:
+        data: Observations that are measurements of x.
+        complete: Whether all entries of all data were observed.
+    """
+
+    def __init__(self, data: Data, complete: bool) -> None:
+        self.data, self.complete = data, complete
+        self.device = data.rows(slice(0, 1)).obs.device
+
+    def read(self, index: Tensor) -> Measurements:
+        """The observations at indices (B,), where they lie."""
+        batch = self.data.rows(index.to(self.device))
+        return Measurements(*batch.observer.as_measurement(batch.obs))
+
+    def __call__(self, denoiser: MDAE, batch: Measurements, generator: torch.Generator) -> Tensor:
+        """The loss of a batch on the generator's device, shape ()."""
+        z, sigma = batch.z, batch.sigma_z.expand(batch.z.shape)
+        return self_supervised_loss(denoiser, antithetic(recorrupt(z, sigma, generator, complete=self.complete), z))
 
 
 def first_steps(plan: Plan) -> int:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
+from emdiff.ahead import ahead
 from emdiff.checkpoint import State, grouped
 from emdiff.graphs import replayed
 from emdiff.memory import Memory, Optimiser
 from emdiff.processes import ALONE, Team
 from emdiff.streams import stream_seed
 
-Loss = Callable[[nn.Module, Tensor, torch.Generator], Tensor]
+Loss = Callable[[nn.Module, Any, torch.Generator], Tensor]
+"""(denoiser, batch, generator) -> scalar: it draws its own measurements of the data in the batch, on their device. What a batch is it says itself,
+by a method `read` from indices (B,) to what `ahead.ahead` takes; the batches of a loss without one are those indices."""
 
 WARMUP = 50
 """Steps over which the learning rate rises from 0."""
@@ -40,6 +44,29 @@ class Indices(IterableDataset):
         while True:
             order = self.index[torch.randperm(len(self.index), generator=self.generator)]
             yield from order[: len(order) // self.batch * self.batch].split(self.batch)
+
+
+class Step(NamedTuple):
+    """What a step is given: the number of its data, and the batch of its loss."""
+
+    count: int
+    batch: Any
+
+
+def batches_of(loss: Loss, indices: Iterable[Tensor], device: torch.device) -> Iterator[Step]:
+    """The batches of a loss at indices (B,), on a device, read ahead of their use where that spares a wait."""
+    read = getattr(loss, "read", lambda index: index)
+    return ahead(lambda index: Step(len(index), read(index)), indices, device)
+
+
+class Feed(IterableDataset):
+    """`batches_of` as Lightning takes them."""
+
+    def __init__(self, loss: Loss, indices: Indices, device: torch.device) -> None:
+        self.how = (loss, indices, device)
+
+    def __iter__(self) -> Iterator[Step]:
+        return batches_of(*self.how)
 
 
 class Learner(pl.LightningModule):
@@ -99,11 +126,11 @@ class Learner(pl.LightningModule):
         self.losses = [loss.to(self.device) for loss in self.losses]
         self.runner = (replayed(self.denoiser) if self.team.alone else self.denoiser,)  # a tuple hides it from the module, whose weights it shares
 
-    def training_step(self, index: Tensor, step: int) -> Tensor:
-        """The loss of a batch of indices (B,), shape (): times B over its mean among processes, so that the mean of gradients is that of the data."""
-        loss = self.loss_function(self.runner[0], index, self.draws)
+    def training_step(self, given: Step, step: int) -> Tensor:
+        """The loss of a batch of B data, shape (): times B over its mean among processes, so that the mean of gradients is that of the data."""
+        loss = self.loss_function(self.runner[0], given.batch, self.draws)
         if not self.team.alone:
-            loss = loss * (len(index) * self.team.size / self.batch)
+            loss = loss * (given.count * self.team.size / self.batch)
         self.losses.append(self.team.mean(loss.detach()))
         return loss
 

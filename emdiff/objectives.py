@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -55,12 +55,27 @@ OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mean": mean_loss, 
 class Batches(Protocol):
     """Data that a loss draws from."""
 
-    def batch(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        """Standardised data (B, *S) at indices (B,), on the generator's device."""
+    def read(self, index: Tensor) -> Any:
+        """What is stored at indices (B,), where it lies, in terms of `ahead.ahead`."""
+        ...
+
+    def batch(self, stored: Any, generator: torch.Generator) -> Tensor:
+        """Standardised data (B, *S) from what is stored, both on the generator's device."""
         ...
 
 
-class OneSet:
+class CleanLoss:
+    """A loss of clean data.
+
+    Args:
+        data: Standardised data.
+    """
+
+    def __init__(self, data: Batches) -> None:
+        self.data, self.read = data, data.read
+
+
+class OneSet(CleanLoss):
     """The loss of measurements of one set of levels, per entry of x.
 
     Args:
@@ -70,16 +85,17 @@ class OneSet:
     """
 
     def __init__(self, data: Batches, sigma: Tensor, objective: str = "mean") -> None:
-        self.data, self.sigma, self.objective = data, sigma, OBJECTIVES[objective]
+        super().__init__(data)
+        self.sigma, self.objective = sigma, OBJECTIVES[objective]
 
-    def __call__(self, denoiser: Denoiser, index: Tensor, generator: torch.Generator) -> Tensor:
-        """The loss of a batch of indices (B,), shape ()."""
-        x = self.data.batch(index, generator)
+    def __call__(self, denoiser: Denoiser, stored: Any, generator: torch.Generator) -> Tensor:
+        """The loss of a batch of what is stored, shape ()."""
+        x = self.data.batch(stored, generator)
         sigma = self.sigma.to(x)
         return self.objective(errors(denoiser, x, measure(x, sigma, generator), sigma), sigma) / x[0].numel()
 
 
-class ManyLevels:
+class ManyLevels(CleanLoss):
     """The loss of one measurement whose level is log-normal, cut to [tau_last, tau_first] and stratified over the batch.
 
     Args:
@@ -88,11 +104,12 @@ class ManyLevels:
     """
 
     def __init__(self, data: Batches, tau_last: float, tau_first: float) -> None:
-        self.data, self.tau_last, self.tau_first = data, tau_last, tau_first
+        super().__init__(data)
+        self.tau_last, self.tau_first = tau_last, tau_first
 
-    def __call__(self, denoiser: Denoiser, index: Tensor, generator: torch.Generator) -> Tensor:
-        """The mean of `denoiser.loss` over a batch of indices (B,), shape ()."""
-        x = self.data.batch(index, generator)
+    def __call__(self, denoiser: Denoiser, stored: Any, generator: torch.Generator) -> Tensor:
+        """The mean of `denoiser.loss` over a batch of what is stored, shape ()."""
+        x = self.data.batch(stored, generator)
         tau = self.levels(len(x), generator).reshape(-1, *[1] * (x.ndim - 1))
         y = x + tau * torch.randn(x.shape, generator=generator, device=x.device)
         return denoiser.loss(x, y[:, None], tau[:, None]).mean()

@@ -13,6 +13,7 @@ The pairs are derived in docs/method.md.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,20 @@ def drawn(draws: Draws) -> Draws:
     return draws._replace(y=chosen_rows(draws.y, index), x=chosen_rows(draws.x, index), kept=None)
 
 
+class Pairs(NamedTuple):
+    """A batch of pairs.
+
+    Attributes:
+        x: Jumps (B, *S).
+        y: The measurements that they are jumps from (B, *S).
+        sigma_z: Levels (B, *S) of the observations of other data, where they were not drawn from those of all; else None.
+    """
+
+    x: Tensor
+    y: Tensor
+    sigma_z: Tensor | None = None
+
+
 class PairLoss:
     """The M-step's loss: regress the jumps on measurements of every level from tau_last up.
 
@@ -47,23 +62,33 @@ class PairLoss:
         sigma_z: Levels of the observations as measurements (N, *S), where they differ between entries; else None.
         centre: Mean of log tau.
         even: Levels even in log tau from tau_last to EVEN instead: where a base is right at coarse levels, the departure is learned at fine ones.
+        carried: Take levels of observations from the batch's neighbours, read with it, in place of a draw from all of sigma_z: where these lie in
+            a file, and a draw on a GPU would have to wait for it.
     """
 
-    def __init__(self, draws: Draws, tau_last: float, sigma_z: Array | None = None, centre: float = -0.3, even: bool = False) -> None:
+    def __init__(
+        self, draws: Draws, tau_last: float, sigma_z: Array | None = None, centre: float = -0.3, even: bool = False, carried: bool = False
+    ) -> None:  # fmt: skip
         self.draws, self.tau_last, self.sigma_z, self.centre, self.even = draws, tau_last, sigma_z, centre, even
+        self.carried = carried and sigma_z is not None
 
-    def __call__(self, denoiser: MDAE, index: Tensor, generator: torch.Generator) -> Tensor:
-        """The mean loss of a batch of indices (B,), shape ()."""
-        x, y, tau = self.inputs(index, generator)
+    def read(self, index: Tensor) -> Pairs:
+        """The pairs at indices (B,), where they lie."""
+        at = index.to(self.draws.x.device)
+        sigma_z = self.sigma_z[index.roll(1) % len(self.sigma_z)] if self.carried else None
+        return Pairs(self.draws.x[at], self.draws.y[at], sigma_z)
+
+    def __call__(self, denoiser: MDAE, batch: Pairs, generator: torch.Generator) -> Tensor:
+        """The mean loss of a batch on the generator's device, shape ()."""
+        x, y, tau = self.inputs(batch, generator)
         return denoiser.loss(x, y[:, None], tau[:, None]).mean()
 
-    def inputs(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Jumps x (B, *S), measurements y (B, *S) and their levels (B, *S or ones), drawn for a batch of indices (B,)."""
-        device, where = generator.device, index.to(self.draws.x.device)
-        x, y = self.draws.x[where].to(device), self.draws.y[where].to(device)
-        tau = self.levels(len(index), generator).reshape(-1, *[1] * (x.ndim - 1))
+    def inputs(self, batch: Pairs, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Jumps x (B, *S), measurements y (B, *S) and their levels (B, *S or ones), drawn for a batch."""
+        x, y, device = batch.x, batch.y, generator.device
+        tau = self.levels(len(x), generator).reshape(-1, *[1] * (x.ndim - 1))
         if self.sigma_z is not None:
-            tau = self._fused(tau, generator)
+            tau = self._fused(tau, batch.sigma_z, generator)
         eps = torch.randn(y.shape, generator=generator, dtype=y.dtype, device=device)
         unseen = tau.isinf()
         extra = torch.where(unseen, 0.0, tau.square() - self.draws.tau**2).clamp(min=0).sqrt()
@@ -79,11 +104,12 @@ class PairLoss:
         log_tau = self.centre + 1.3 * math.sqrt(2) * torch.erfinv(2 * share - 1)
         return log_tau.exp().clamp(self.tau_last, TAU_FIRST)
 
-    def _fused(self, tau: Tensor, generator: torch.Generator) -> Tensor:
+    def _fused(self, tau: Tensor, sigma: Tensor | None, generator: torch.Generator) -> Tensor:
         """Fuse four in five levels with those of random observations, one of the five being that observation alone; none falls below the draws'."""
         draw = lambda: torch.rand(tau.shape, generator=generator, device=generator.device)  # noqa: E731
-        rows = torch.randint(len(self.sigma_z), (len(tau),), generator=generator, device=generator.device)
-        sigma = self.sigma_z[rows.to(self.sigma_z.device)].to(generator.device)
+        if sigma is None:
+            rows = torch.randint(len(self.sigma_z), (len(tau),), generator=generator, device=generator.device)
+            sigma = self.sigma_z[rows.to(self.sigma_z.device)].to(generator.device)
         alone = torch.where(draw() < 0.25, math.inf, tau)
         fused = (alone**-2 + sigma**-2).rsqrt().clamp(min=max(self.draws.tau, 1e-3))
         return torch.where(draw() < 0.8, fused, tau)

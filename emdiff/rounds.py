@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from emdiff.ahead import moved
 from emdiff.compiled import for_sampling
 from emdiff.data import Data
 from emdiff.em import Draws, e_step
@@ -151,14 +152,16 @@ def m_step(k: int, prior: Prior, pairs: Draws, data: Data, plan: Plan, run: RunF
         pairs = shuffled(pairs, stream(plan.seed, "held out"))
     here = torch.device(plan.device)
     maps = near(level_maps(data), here) if plan.maps else None
-    loss = PairLoss(pairs._replace(x=near(pairs.x, here), y=near(pairs.y, here)), plan.walk.tau_last, maps, even=departs)
+    pairs = pairs._replace(x=near(pairs.x, here), y=near(pairs.y, here))
+    loss = PairLoss(pairs, plan.walk.tau_last, maps, even=departs, carried=maps is not None and maps.device.type != here.type)
     steps = first_steps(plan) if k == 1 else plan.steps
     count = len(pairs.x) - (max(1, len(pairs.x) // 10) if departs else 0)
     how = (plan.batch, rate_of(k, plan), stream_seed(plan.seed, "m-step", k), 0, plan.device, listener.phase(f"round {k}: M-step", steps))
     trained = train(prior.denoiser, loss, count, steps, *how, run.checkpoint(k), team=team)
     if departs:
         unseen, draw = torch.arange(count, len(pairs.x)), stream(plan.seed, "keep", k, device=plan.device)
-        trained.denoiser.keep = team.lead(lambda: keep(trained.denoiser, loss.inputs, unseen, draw).cpu()).to(plan.device)
+        drawn_pairs = lambda index, g: loss.inputs(moved(loss.read(index), here), g)  # noqa: E731
+        trained.denoiser.keep = team.lead(lambda: keep(trained.denoiser, drawn_pairs, unseen, draw).cpu()).to(plan.device)
     return trained
 
 

@@ -6,17 +6,20 @@ from the state that `training` saves: an interrupted training and an uninterrupt
 
 from __future__ import annotations
 
+import copy
 import time
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from emdiff.ahead import ahead
 from emdiff.chain import ChainWalk, own_levels, run_chain
-from emdiff.datasets import Dataset
+from emdiff.datasets import Dataset, in_units
 from emdiff.measurement import effective, measure
 from emdiff.memory import Memory, Optimiser, load_memory, save_memory
 from emdiff.models import fixed_levels
+from emdiff.near import near
 from emdiff.objectives import ManyLevels, OneSet, errors
 from emdiff.outline import Listener
 from emdiff.prior import TAU_FIRST, Prior, build_network, load_prior, sample_prior, save_prior, set_precision
@@ -72,14 +75,25 @@ class Standardised:
         data: Clean data.
         scale: Their scale.
         flips: Mirror each image left to right with probability one half.
+        device: Where they are needed; they are brought there as they are stored, if it has room (near).
     """
 
-    def __init__(self, data: Dataset, scale: Scale, flips: bool = False) -> None:
-        self.data, self.scale, self.flips = data, scale, flips
+    def __init__(self, data: Dataset, scale: Scale, flips: bool = False, device: str = "cpu") -> None:
+        self.stored, self.scale, self.flips = near(data.stored(), torch.device(device)), scale, flips
 
-    def batch(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        """Standardised data (B, *S) at indices (B,), on the generator's device."""
-        x = self.scale.standardise(self.data.read(index)).to(generator.device)
+    def read(self, index: Tensor) -> Tensor:
+        """What is stored at indices (B,), where it lies."""
+        return self.stored[index.to(self.stored.device)]
+
+    def unflipped(self) -> Standardised:
+        """The same data, none mirrored."""
+        same = copy.copy(self)
+        same.flips = False
+        return same
+
+    def batch(self, stored: Tensor, generator: torch.Generator) -> Tensor:
+        """Standardised data (B, *S), each mirrored or not, from what is stored, both on the generator's device."""
+        x = self.scale.standardise(in_units(stored))
         if not self.flips:
             return x
         flip = torch.rand(len(x), generator=generator, device=x.device) < 0.5
@@ -100,6 +114,8 @@ def measure_scale(data: Dataset, most: int = 200_000_000) -> Scale:
 
 def run_training(data: Dataset, scale: Scale, plan: TrainPlan, run: Run, listener: Listener) -> Prior:
     """Train a prior, continuing whatever the run folder holds; returns that of the last round."""
+    often = plan.steps * plan.batch >= len(data)  # all of them are read anyway
+    source = Standardised(data, scale, plan.flips, plan.device if often else "cpu")
     for k in range(run.finished() + 1, plan.rounds + 1):
         clock = time.perf_counter()
         folder = run.begin(k)
@@ -110,9 +126,9 @@ def run_training(data: Dataset, scale: Scale, plan: TrainPlan, run: Run, listene
             save_memory(folder / "memory.safetensors", Memory(0, state, state, {}))
             run.finish(0, {"iter": 0, "steps": 0, "parameters": sum(p.numel() for p in denoiser.parameters())})
             continue
-        prior, metrics = train_round(k, data, scale, plan, run, listener)
+        prior, metrics = train_round(k, source, plan, run, listener)
         save_prior(folder / "prior.safetensors", prior)
-        metrics |= {"image_loss": image_loss(prior, data, plan)}
+        metrics |= {"image_loss": image_loss(prior, source, plan)}
         pictures = {"data": data.read(torch.arange(min(64, len(data))))}
         if plan.pictures:
             pictures["samples"] = draw(prior, plan.pictures, plan, k, listener)
@@ -126,27 +142,28 @@ def run_training(data: Dataset, scale: Scale, plan: TrainPlan, run: Run, listene
     return prior
 
 
-def train_round(k: int, data: Dataset, scale: Scale, plan: TrainPlan, run: Run, listener: Listener) -> tuple[Prior, dict[str, Any]]:
+def train_round(k: int, data: Standardised, plan: TrainPlan, run: Run, listener: Listener) -> tuple[Prior, dict[str, Any]]:
     """One part of the training: the average so far as a prior, and figures. Leaves its memory in the folder."""
-    denoiser = set_precision(build_network(data.shape, **plan.network), plan.device)
+    count, *shape = data.stored.shape
+    denoiser = set_precision(build_network(tuple(shape), **plan.network), plan.device)
     memory = load_memory(run.round_path(k - 1) / "memory.safetensors", denoiser.state_dict())
-    source, levels = Standardised(data, scale, plan.flips), fixed_levels(denoiser)
-    loss = ManyLevels(source, plan.tau_last, TAU_FIRST) if levels is None else OneSet(source, levels, plan.objective)
+    levels = fixed_levels(denoiser)
+    loss = ManyLevels(data, plan.tau_last, TAU_FIRST) if levels is None else OneSet(data, levels, plan.objective)
     steps = plan.steps * k // plan.rounds - memory.step
     bar = listener.phase(f"round {k} of {plan.rounds}", steps)
     clock = time.perf_counter()
     seed = stream_seed(plan.seed, "train", k)
-    trained = train(denoiser, loss, len(data), steps, plan.batch, seed=seed, device=plan.device, progress=bar,
+    trained = train(denoiser, loss, count, steps, plan.batch, seed=seed, device=plan.device, progress=bar,
                     checkpoint=run.checkpoint(k), optimiser=plan.optimiser, memory=memory, total=plan.steps)  # fmt: skip
     save_memory(run.round_path(k) / "memory.safetensors", trained.memory)
     seconds = time.perf_counter() - clock
     figures = {"loss": trained.loss, "steps": trained.memory.step, "retreats": trained.retreats}
     figures |= {"seconds_train": seconds, "images_per_second": steps * plan.batch / seconds}
-    return Prior(trained.denoiser, scale, data.shape, plan.tau_last, plan.network), figures
+    return Prior(trained.denoiser, data.scale, tuple(shape), plan.tau_last, plan.network), figures
 
 
 @torch.no_grad()
-def image_loss(prior: Prior, data: Dataset, plan: TrainPlan) -> float:
+def image_loss(prior: Prior, data: Standardised, plan: TrainPlan) -> float:
     """Eq. 14 as the paper reports it: the mean over m of |x - xhat^(m)|^2, summed over an image, in the units of the data.
 
     At the prior's own levels, or one measurement of level REPORTED where it takes any; over the first LOSS_DATA data, with the same noise in every
@@ -155,9 +172,9 @@ def image_loss(prior: Prior, data: Dataset, plan: TrainPlan) -> float:
     generator = stream(plan.seed, "image loss", device=plan.device)
     levels = fixed_levels(prior.denoiser)
     sigma = torch.tensor([REPORTED / prior.scale.std], device=plan.device) if levels is None else levels
-    parts = []
-    for index in torch.arange(min(LOSS_DATA, len(data))).split(plan.batch):
-        x = Standardised(data, prior.scale).batch(index, generator)
+    whole, parts = data.unflipped(), []
+    for stored in ahead(data.read, torch.arange(min(LOSS_DATA, data.stored.shape[0])).split(plan.batch), generator.device):
+        x = whole.batch(stored, generator)
         parts.append(errors(prior.denoiser, x, measure(x, sigma, generator), sigma).mean(1))
     return prior.scale.std**2 * float(torch.cat(parts).mean())
 

@@ -1,8 +1,8 @@
 r"""Training a denoiser: stochastic gradients on a loss over indices, an exponential moving average, an end by length or by held-out loss.
 
-A loss is a function (denoiser, index, generator) -> scalar: it draws its own measurements of the data that index names, on their device,
-so clean data, pairs and recorrupted observations are all trained by the same loop. Everything random comes from one generator seeded per
-training, so a training that is started again gives the same weights on the same machine.
+A loss is a function (denoiser, batch, generator) -> scalar (learner.Loss), so clean data, pairs and recorrupted observations are all trained by the
+same loop. Everything random comes from one generator seeded per training, so a training that is started again gives the same weights on the same
+machine.
 
 The moving average forgets over a fifth of the training, min(decay, (1 + i)/(10 + i)) at step i, and is fresh in every training. In an
 M-step the rate falls to 0: what is left of the noise of the gradients would enter every sample of the next E-step, and the
@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 
 from emdiff.checkpoint import State, grouped, load_state
 from emdiff.errors import FitFailed
-from emdiff.learner import RETREAT, Indices, Learner, Loss
+from emdiff.learner import RETREAT, Feed, Indices, Learner, Loss
 from emdiff.memory import Memory, Optimiser
 from emdiff.processes import ALONE, Team
 from emdiff.watch import Diverged, HeldOut, Reporter, Watch
@@ -87,7 +87,7 @@ def train(
 
     Args:
         denoiser: Where to start from; not changed.
-        loss: (denoiser, index (B,), generator) -> scalar.
+        loss: (denoiser, batch, generator) -> scalar; `learner.Loss` says what a batch is.
         count: Number of data N; indices are 0..N-1.
         steps: Most steps, of this part.
         batch: Data per step.
@@ -123,7 +123,7 @@ def train(
             if part is not None:
                 part.resume(state)
         try:
-            return _trained(learner, [*([end] if end else []), watch, Reporter(progress)], end, watch, count - held_out, steps, batch, device)
+            return _trained(learner, [*([end] if end else []), watch, Reporter(progress, watch)], end, watch, count - held_out, steps, batch, device)
         except Diverged as error:
             state = _retreated(learner, watch, error, of, say)
 
@@ -136,7 +136,8 @@ def _trained(
     if left and not (end and len(learner.losses) - end.best_step >= end.patience * end.every):
         order = torch.Generator().manual_seed(learner.seed ^ 1)
         batches = Indices(torch.arange(count), batch, order, len(learner.losses), learner.team)
-        loader = DataLoader(batches, batch_size=None, generator=torch.Generator())
+        feed = Feed(learner.loss_function, batches, torch.device(device))
+        loader = DataLoader(feed, batch_size=None, generator=torch.Generator())
         _trainer(left, device, callbacks, learner.optimiser.clip, learner.team).fit(learner, loader)
         watch.look(learner)
         watch.save(learner)

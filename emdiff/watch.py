@@ -14,7 +14,7 @@ from torch import Tensor
 
 from emdiff import interrupt
 from emdiff.checkpoint import State, grouped, save_state
-from emdiff.learner import Learner
+from emdiff.learner import Learner, batches_of
 
 WINDOW = 20
 """Steps whose mean loss is looked at for divergence."""
@@ -45,31 +45,16 @@ class HeldOut(pl.Callback):
         if step % self.every:
             return
         same = torch.Generator(module.device).manual_seed(0)
-        index = self.index.to(module.device)
+        index, loss = self.index, module.loss_function
         if len(index) >= module.team.size:
             index = index[module.team.part(len(index))]
         with torch.no_grad():
-            parts = [module.loss_function(module.average, part, same) for _ in range(self.repeats) for part in index.split(512)]
+            looks = batches_of(loss, index.split(512) * self.repeats, module.device)
+            parts = [loss(module.average, look.batch, same) for look in looks]
         loss = float(module.team.mean(torch.stack(parts).mean()))
         if loss < self.best:
             self.best, self.best_step, self.weights = loss, step, copy.deepcopy(module.average.state_dict())
         trainer.should_stop = step - self.best_step >= self.patience * self.every
-
-
-class Reporter(pl.Callback):
-    """Calls progress(step, loss) after every step."""
-
-    def __init__(self, progress: Callable[[int, float], None], every: int = 20) -> None:
-        self.progress, self.every = progress, every
-
-    def on_train_batch_start(self, trainer, module: Learner, batch, batch_idx) -> None:
-        """Report every few steps, behind the watch, which saves before work ends: reading the loss waits for the device."""
-        if module.losses and len(module.losses) % self.every == 0:
-            self.progress(len(module.losses), float(module.losses[-1]))
-
-    def on_train_end(self, trainer, module: Learner) -> None:
-        """Report the last step."""
-        self.progress(len(module.losses), float(module.losses[-1]))
 
 
 class Diverged(Exception):
@@ -81,11 +66,12 @@ class Watch(pl.Callback):
 
     Attributes:
         good: The average and the number of steps at the end of the last window that was not divergent.
+        last: The loss of the last step that was looked at.
     """
 
     def __init__(self, learner: Learner, held_out: HeldOut | None, path: Path | None, of: str) -> None:
         self.held_out, self.path, self.of = held_out, path, of
-        self.first, self.level, self.clock = None, None, interrupt.Clock()
+        self.first, self.level, self.last, self.clock = None, None, math.nan, interrupt.Clock()
         self.good = (len(learner.losses), copy.deepcopy(learner.average.state_dict()))
 
     def on_train_start(self, trainer, module) -> None:
@@ -105,17 +91,18 @@ class Watch(pl.Callback):
             raise interrupt.Stopped(wish)
 
     def look(self, module: Learner) -> None:
-        """Compare the last window with those before it.
+        """Compare the last window with those before it; the host waits for the device once.
 
         Raises:
             Diverged: if it is not finite, or far above them.
         """
         done = len(module.losses)
         losses = torch.stack(module.losses[(done - 1) // WINDOW * WINDOW :])
-        mean = float(losses.mean())
+        finite = torch.stack(torch._foreach_norm(list(module.average.parameters()), math.inf)).isfinite().all()
+        mean, self.last, finite = torch.stack([losses.mean(), losses[-1], finite.to(losses)]).tolist()
         if not math.isfinite(mean):
             raise Diverged(f"the training loss became {float(losses[~losses.isfinite()][0])}")
-        if not bool(torch.stack(torch._foreach_norm(list(module.average.parameters()), math.inf)).isfinite().all()):
+        if not finite:
             raise Diverged("the weights stopped being finite")
         if self.level is not None and self.first is not None and mean > self.first and mean - self.level > (FAR - 1) * abs(self.level):
             raise Diverged(f"the training loss rose to {mean:.4g} from {self.level:.4g}")
@@ -137,3 +124,19 @@ class Watch(pl.Callback):
     def resume(self, state: State) -> None:
         """Take up a state."""
         self.first, self.level, self.good = state.numbers["first"], state.numbers["level"], (state.numbers["good"], state.group("good"))
+
+
+class Reporter(pl.Callback):
+    """Calls progress(step, loss) when the watch has looked."""
+
+    def __init__(self, progress: Callable[[int, float], None], watch: Watch) -> None:
+        self.progress, self.watch = progress, watch
+
+    def on_train_batch_start(self, trainer, module: Learner, batch, batch_idx) -> None:
+        """Report what the watch has seen, behind it, which saves before work ends: reading the loss would wait for the device again."""
+        if module.losses and len(module.losses) % WINDOW == 0:
+            self.progress(len(module.losses), self.watch.last)
+
+    def on_train_end(self, trainer, module: Learner) -> None:
+        """Report the last step."""
+        self.progress(len(module.losses), float(module.losses[-1]))

@@ -33,12 +33,13 @@ from emdiff.gaussian import condition, fit_gaussian
 from emdiff.mdae import MDAE
 from emdiff.metrics import residual_chi2
 from emdiff.observations import Observations
-from emdiff.pairs import PairLoss, drawn
-from emdiff.plan import default_train_batch
+from emdiff.outline import Plan
+from emdiff.pairs import PairLoss, Pairs, drawn
+from emdiff.plan import NO_LIMIT, default_train_batch
 from emdiff.prior import build_network, choose_network, set_precision
-from emdiff.relax import SPREAD, over_relaxed, relaxed_walk
+from emdiff.relax import SPREAD, closes, followed, over_relaxed, relaxed_walk
 from emdiff.scale import Scale, estimate_scale
-from emdiff.start import antithetic, recorrupt, self_supervised_loss
+from emdiff.start import Choice, antithetic, recorrupt, self_supervised_loss
 from emdiff.streams import stream, stream_seed
 from emdiff.training import Optimiser, train
 from observers import Identity, Mask
@@ -64,8 +65,8 @@ class Variant(NamedTuple):
         keep: Train on the last pairs of the others too.
         steps: Steps of an M-step.
         taper: Factor by which an M-step is shorter than the one before.
-        relax: "auto", "never", "two": the first two E-steps, or "lambda": samples (1 - l) xhat + l x, xhat the jump at tau_relax and x the one at the
-            end of the same walk, and l = 0, 1/4, 1/2, 3/4 in the first four E-steps; exact after them.
+        relax: "auto": as `emdiff fit` does (emdiff.relax), "never", "two": the first two E-steps, or "lambda": samples (1 - l) xhat + l x, xhat the
+            jump at tau_relax and x the one at the end of the same walk, and l = 0, 1/4, 1/2, 3/4 in the first four E-steps; exact after them.
         anchor: Recorrupted observations per pair in the M-step's batches.
         levels: Of the E-step's walk.
         iters: Iterations.
@@ -103,6 +104,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """By name, what differs from Variant's defaults."""
 
 
+FIT = Plan(0, Choice("self-supervised", ""), Walk(), {}, relax=NO_LIMIT)
+"""What the rules of `emdiff fit` ask of a plan: over-relax in any iteration, at a known noise level."""
+
+
 class Anchored:
     """The M-step's loss plus, per pair, `share` of the self-supervised one.
 
@@ -112,13 +117,13 @@ class Anchored:
 
     def __init__(self, pairs: PairLoss, data: Observations, share: float) -> None:
         z, sigma = data.observer.as_measurement(data.obs)
-        self.pairs, self.z, self.sigma, self.share = pairs, z, sigma.expand(z.shape), share
+        self.pairs, self.z, self.sigma, self.share, self.read = pairs, z, sigma.expand(z.shape), share, pairs.read
 
-    def __call__(self, denoiser: MDAE, index: Tensor, generator: torch.Generator) -> Tensor:
-        """The loss of a batch of indices (B,), shape ()."""
-        i = torch.randint(len(self.z), (int(self.share * len(index)),), generator=generator)
+    def __call__(self, denoiser: MDAE, batch: Pairs, generator: torch.Generator) -> Tensor:
+        """The loss of a batch, shape ()."""
+        i = torch.randint(len(self.z), (int(self.share * len(batch.x)),), generator=generator)
         anchor = self_supervised_loss(denoiser, recorrupt(self.z[i], self.sigma[i], generator))
-        return self.pairs(denoiser, index, generator) + self.share * anchor
+        return self.pairs(denoiser, batch, generator) + self.share * anchor
 
 
 class Setting:
@@ -201,28 +206,29 @@ class Setting:
         y, tau, order, turn = x.clone(), torch.zeros(count), torch.randperm(count, generator=stream(0, "turns")), max(1, round(v.turn * count))
         last, std = torch.arange(count), float(x.std())
         for k in range(1, v.iters + 1):
-            begin, relax = (
-                self.now(),
-                k > 1 and (v.relax == "two" and k < 4 or v.relax == "auto" and std > SPREAD and self.args.observer == "identity"),
-            )
+            begin, close = self.now(), False
+            relax = k > 1 and (v.relax == "two" and k < 4 or v.relax == "auto" and std > SPREAD and self.args.observer == "identity")
             if k > 1:
                 rows = order[((k - 2) * turn + torch.arange(turn)) % count]
                 some, walk = self.data.rows(rows), Walk(levels=v.levels)
                 if v.relax == "lambda" and k < 6:
                     draws = partly_relaxed(denoiser, some, walk, (k - 2) / 4, stream(0, "e-step", k))
                 else:
-                    draws = drawn(e_step(denoiser, some, None, relaxed_walk(some, walk) if relax else walk, stream(0, "e-step", k)))
+                    ended = e_step(denoiser, some, None, relaxed_walk(some, walk) if relax else walk, stream(0, "e-step", k))
+                    chi2, draws = followed(some, ended), drawn(ended)
+                    close = v.relax == "auto" and not relax and chi2 is not None and closes(k, FIT, some, chi2)
                 draws = over_relaxed(draws) if relax else draws
                 y[rows], x, tau[rows], std = draws.y, x.index_copy(0, rows, draws.x), draws.tau, float(draws.x.std())
                 last = torch.arange(count) if v.keep else rows
             lacking = (Walk().tau_last ** 2 - tau.square()).clamp(min=0).sqrt().reshape(-1, 1, 1)
             ends = y + lacking * torch.randn(y.shape, generator=stream(0, "ends", k))
-            pairs: Any = PairLoss(Draws(ends[last], x[last], Walk().tau_last), Walk().tau_last, self.maps)
+            ended = Draws(ends[last], x[last], Walk().tau_last)
+            pairs: Any = PairLoss(over_relaxed(ended) if close else ended, Walk().tau_last, self.maps)
             loss = Anchored(pairs, self.data, v.anchor) if v.anchor else pairs
             length = first if k == 1 else max(1, round(steps * v.taper ** (k - 1)))
             denoiser = train(denoiser, loss, len(last), length, BATCH, 2e-3, stream_seed(0, "m-step", k)).denoiser
             clock += self.now() - begin
-            yield {"iteration": k, "seconds": clock, "relaxed": bool(relax), **self.judge(denoiser)}
+            yield {"iteration": k, "seconds": clock, "relaxed": bool(relax or close), **self.judge(denoiser)}
 
 
 def last_tenth(data: Observations, batch: int = 500) -> list[Observations]:

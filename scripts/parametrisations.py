@@ -35,9 +35,13 @@ class Points:
     def __init__(self, x: Tensor) -> None:
         self.x = x
 
-    def batch(self, index: Tensor, generator: torch.Generator) -> Tensor:
+    def read(self, index: Tensor) -> Tensor:
         """Data (B, 2)."""
         return self.x[index]
+
+    def batch(self, stored: Tensor, generator: torch.Generator) -> Tensor:
+        """They are standardised."""
+        return stored
 
 
 def mixture() -> MixtureDenoiser:

@@ -319,7 +319,8 @@ def test_pairs_are_measurements_of_the_stated_level(tau: float) -> None:
     count, net = 20_000, Recorder()
     draws = Draws(normal(100, 2), normal(100, 2, seed=1), tau)
     index = torch.randint(100, (count,), generator=generator())
-    value = PairLoss(draws, TAU)(net, index, generator())
+    loss = PairLoss(draws, TAU)
+    value = loss(net, loss.read(index), generator())
     assert value.item() == pytest.approx((net.target - net.y[:, 0]).square().mean().item())
     assert torch.equal(net.target, draws.x[index]) and net.sigma.shape == (count, 1, 1) and net.sigma.min() >= TAU
     added = (net.sigma[:, 0].double().square() - tau**2).clamp(min=0).sqrt()
@@ -333,7 +334,8 @@ def test_maps_of_levels_are_fusions_with_observations_and_never_finer_than_the_w
     count, tau, net = 8000, 0.1, Recorder()
     draws, index = Draws(normal(100, 2), normal(100, 2, seed=1), tau), torch.arange(8000) % 100
     sigma_z = torch.tensor([[0.7, math.inf], [0.05, 1.9]])  # a hidden entry, and a level below the walk's
-    PairLoss(draws, tau, sigma_z, centre=1.0)(net, index, generator())
+    loss = PairLoss(draws, tau, sigma_z, centre=1.0)
+    loss(net, loss.read(index), generator())
     sigma, y = net.sigma[:, 0].double(), net.y[:, 0]
     assert sigma.min() >= tau and y.isfinite().all() and (y[sigma.isinf()] == 0).all()
     maps = sigma[:, 0] != sigma[:, 1]

@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from emdiff import interrupt
+from emdiff import ahead, interrupt
 from emdiff.cli import main
 from emdiff.compiled import compiled
 from emdiff.data import Observations
 from emdiff.em import Draws, Walk, e_step
 from emdiff.guidance import PosteriorDenoiser
-from emdiff.learner import Learner
+from emdiff.learner import Learner, Step
 from emdiff.mdae import MDAE
 from emdiff.near import near, near_data
 from emdiff.nn import UNet
@@ -33,7 +33,8 @@ from observers import Blur, Identity, Mask
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: torch sees none")]
 
 CUDA = torch.device("cuda")
-SHORT = ["--train.steps", "30", "--train.start_steps", "60", "--train.batch", "64", "--walk.levels", "6", "--wandb", "off", "--device", "cuda"]
+QUIET = ["--wandb", "off", "--device", "cuda"]
+SHORT = ["--train.steps", "30", "--train.start_steps", "60", "--train.batch", "64", "--walk.levels", "6", *QUIET]
 
 
 def generator(seed: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
@@ -87,8 +88,8 @@ def test_graphs_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """The captured network is what training runs, at the batch that it was captured for."""
     seen, plain = [], Learner.training_step
 
-    def step(self: Learner, index: Tensor, at: int) -> Tensor:
-        loss = plain(self, index, at)
+    def step(self: Learner, given: Step, at: int) -> Tensor:
+        loss = plain(self, given, at)
         seen.append(self.runner[0].backbone.fast is not None)
         return loss
 
@@ -164,6 +165,56 @@ def test_what_has_no_room_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("emdiff.near.SHARE", 0.0)
     x, data = torch.randn(50, 3), observed("noise", images())
     assert near(x, CUDA) is x and near_data(data, CUDA) is data
+
+
+def test_rows_read_ahead_come_by_pinned_memory_behind_the_work_in_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what has no room every batch but the first is pinned by a thread, and copying it makes no call that would wait for the GPU."""
+    x = torch.arange(60.0).reshape(20, 3)
+    pinned, plain = [], ahead.moved
+
+    def moved(batch: Tensor, device: torch.device) -> Tensor:
+        pinned.append(batch.is_pinned())
+        torch.cuda.set_sync_debug_mode("error" if pinned[-1] else "default")
+        try:
+            return plain(batch, device)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(ahead, "moved", moved)
+    found = list(ahead.ahead(lambda i: x[i], torch.arange(20).split(4), CUDA))
+    assert pinned == [False] + [True] * 4 and torch.equal(torch.cat(found).cpu(), x) and found[0].device.type == "cuda"
+    pinned.clear()
+    list(ahead.ahead(lambda i: x.to(CUDA)[i.to(CUDA)], torch.arange(20).split(4), CUDA))
+    assert pinned == [False] * 5
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_training_on_rows_of_a_file_is_training_on_rows_that_lie_near(maps: bool) -> None:
+    """Without maps, whose draws differ, to the sums' order; with them to what they teach."""
+    x = images(400)
+    levels = torch.where(torch.rand(x.shape, generator=generator(2)) < 0.5, 0.3, math.inf) if maps else None
+    far = lambda a: Rows(tuple(a.shape), a.__getitem__)  # noqa: E731
+    losses = (
+        PairLoss(Draws(x.to(CUDA), x.to(CUDA), 0.0), 0.1, levels.to(CUDA) if maps else None),
+        PairLoss(Draws(far(x), far(x), 0.0), 0.1, far(levels) if maps else None, carried=maps),
+    )
+    one, other = (train(network(maps), loss, len(x), 60, 64, 3e-3, device="cuda") for loss in losses)
+    assert other.loss == pytest.approx(one.loss, rel=0.3 if maps else 0.02)
+    if not maps:
+        for a, b in zip(one.denoiser.parameters(), other.denoiser.parameters()):
+            torch.testing.assert_close(a, b, rtol=0.02, atol=2e-3)
+
+
+def test_training_on_clean_data_near_and_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`emdiff train` keeps bytes on the GPU, or reads them by row: the same loss."""
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", (255 * torch.rand(300, 8, 8, generator=generator())).byte().numpy())
+    for out, share in (("near", 0.25), ("far", 0.0)):
+        monkeypatch.setattr("emdiff.near.SHARE", share)
+        main(["train", "--data", "x.npy", "--out", out, "--train.steps", "40", "--train.batch", "32", "--train.rounds", "2", *QUIET])
+    one, other = (load_prior(Path(out) / "prior.safetensors", "cpu").denoiser for out in ("near", "far"))
+    for a, b in zip(one.parameters(), other.parameters()):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=2e-3)
 
 
 @pytest.mark.parametrize("kind", ["noise", "mask", "blur"])

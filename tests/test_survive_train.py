@@ -27,9 +27,12 @@ from emdiff.training import RETREAT, train
 class Rows:
     """Two-dimensional data, as losses see them."""
 
-    def batch(self, index: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def read(self, index: torch.Tensor) -> torch.Tensor:
         """x of datum i is (sin i, cos i)."""
         return torch.stack([index.float().sin(), index.float().cos()], 1)
+
+    def batch(self, stored: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return stored
 
 
 def until_done(monkeypatch: pytest.MonkeyPatch, work, every: int):
