@@ -71,6 +71,7 @@ def save_samples(path: Path, x: Tensor, title: str, columns: int = 8) -> None:
         axes.imshow(to_uint8(tile(values, columns), low, high), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes.set_axis_off()
         axes.set_title(f"{title}   [{low:.3g}, {high:.3g}]", fontsize=9)
+        margins = (0.12, 0.12, 0.12, 0.4)
     else:
         flat = values.reshape(len(values), -1)
         if flat.shape[1] <= 8:
@@ -78,12 +79,14 @@ def save_samples(path: Path, x: Tensor, title: str, columns: int = 8) -> None:
         else:
             axes.plot(flat[:16].T, lw=0.7)
         axes.set_title(title, fontsize=9)
-    _write(path, figure)
+        margins = (0.6, 0.2, 0.4, 0.4)
+    _write(path, figure, margins)
 
 
 def save_rows(path: Path, rows: dict[str, Tensor], columns: int = 12) -> None:
     """Write a PNG whose named rows show the same data, image by image: observation, mean, samples, std."""
-    figure, axes = plt.subplots(len(rows), 1, figsize=(columns * 0.7 + 1.2, len(rows) * 0.75 + 0.2), squeeze=False)
+    label = 0.2 + 0.07 * max(map(len, rows))
+    figure, axes = plt.subplots(len(rows), 1, figsize=(columns * 0.7 + label, len(rows) * 0.75 + 0.2), squeeze=False)
     for axis, (name, x) in zip(axes[:, 0], rows.items()):
         values = x[:columns].numpy()
         if is_image(values.shape[1:]):
@@ -94,7 +97,7 @@ def save_rows(path: Path, rows: dict[str, Tensor], columns: int = 12) -> None:
         axis.set_xticks([])
         axis.set_yticks([])
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-    _write(path, figure)
+    _write(path, figure, (label, 0.1, 0.1, 0.1), 0.08)
 
 
 def save_progress(path: Path, history: list[dict[str, Any]], shown: Sequence[str] = SHOWN) -> None:
@@ -108,11 +111,14 @@ def save_progress(path: Path, history: list[dict[str, Any]], shown: Sequence[str
             axis.axhline(GOOD[name], color="0.6", lw=0.8, ls="--")
         axis.set_title(LABELS.get(name, name.replace("_", " ")), fontsize=8)
         axis.set_xlabel("EM iteration" if shown is SHOWN else "round", fontsize=8)
-    _write(path, figure)
+    _write(path, figure, (0.65, 0.15, 0.5, 0.35), 0.27)
 
 
-def _write(path: Path, figure: Any) -> None:
-    figure.tight_layout()
+def _write(path: Path, figure: Any, margins: tuple[float, float, float, float], gap: float = 0.0) -> None:
+    """Write a PNG with margins (left, right, bottom, top) in inches and gaps between axes in units of their size. matplotlib can find margins itself,
+    by drawing everything twice."""
+    (width, height), (left, right, bottom, top) = figure.get_size_inches(), margins
+    figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height, gap, gap)
     try:
         write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
     finally:
@@ -139,4 +145,4 @@ def save_fields(path: Path, grid: np.ndarray, log_p: np.ndarray, score: np.ndarr
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("y_1", fontsize=8)
         axis.set_ylabel("y_2", fontsize=8)
-    _write(path, figure)
+    _write(path, figure, (0.6, 0.1, 0.5, 0.35), 0.3)

@@ -31,9 +31,6 @@ from emdiff.strips import file_uri
 BUDGET = 9_000_000
 """Bytes of pictures in a page; of a run with more, some iterations are left out of the galleries."""
 
-LARGE = 1 << 17
-"""Characters of a page after which its leavings are collected at once."""
-
 GALLERIES = {
     "samples": ("Posterior samples", "One sample x | obs for each of the first observations."),
     "prior": ("Prior samples", "New draws from the learned p(x). The start has no prior yet."),
@@ -120,10 +117,14 @@ def render(page: dict[str, Any]) -> str:
     """The page as HTML; every value is escaped."""
     script, style = (_templates().loader.get_source(_templates(), f"report.{kind}")[0] for kind in ("js", "css"))
     policy = f"default-src 'none'; img-src data:; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
-    text = _templates().get_template("report.html").render(page, script=Markup(script), style=Markup(style), policy=policy)
-    if len(text) > LARGE:
-        gc.collect()  # the template's macros and their context refer to each other and hold all pictures, 12 MB; in a long fit ten pages of them
-    return text
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return _templates().get_template("report.html").render(page, script=Markup(script), style=Markup(style), policy=policy)
+    finally:
+        gc.collect(0)  # the template's macros and their context refer to each other and hold all pictures, 12 MB: still young, so that this is quick
+        if collecting:
+            gc.enable()
 
 
 @functools.cache

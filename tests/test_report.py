@@ -21,7 +21,7 @@ from emdiff.cli import main
 from emdiff.evidence import PER_BLOCK, rank_chart, reconstructions, residuals
 from emdiff.figures import save_samples
 from emdiff.meanings import meaning
-from emdiff.report import LARGE, gallery_frames, page_of, render, write_report
+from emdiff.report import gallery_frames, page_of, render, write_report
 from emdiff.runs import round_metrics
 from emdiff.strips import RESIDUAL, palette
 
@@ -286,7 +286,7 @@ def test_pages_of_a_long_fit_do_not_pile_up(images):
         pass
 
     page = page_of(images, round_metrics(images))
-    page["config"] = Text("levels: 3\n" + "#" * LARGE)
+    page["config"] = Text("levels: 3\n" + "#" * 10)
     seen = weakref.ref(page["config"])
     gc.disable()
     try:
