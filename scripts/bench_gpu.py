@@ -1,6 +1,7 @@
 """`emdiff fit` on a GPU: how long, how good, how busy; and what a step costs. One JSON line at the end.
 
-    python scripts/bench_gpu.py steps                            training steps and walks: images per second, by batch, with graphs and without
+    python scripts/bench_gpu.py steps                            training steps and walks: images per second, by batch, with graphs and without, of
+                                                                 pairs on the GPU and of pairs in a file
     python scripts/bench_gpu.py fit --observations noisy.npz     the command, as a user gives it; further arguments go to it
     python scripts/bench_gpu.py figures --out RUN --observations noisy.npz --clean PRIOR     Frechet distances of a run of digits; needs no GPU
 
@@ -17,19 +18,24 @@ import math
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from emdiff.data import Observations
 from emdiff.em import Draws, Walk, e_step
 from emdiff.mdae import MDAE
 from emdiff.pairs import PairLoss
 from emdiff.prior import build_network, choose_network, set_precision
+from emdiff.rows import SMALL, Rows, of_npy
 from emdiff.streams import stream
 from emdiff.training import train
 from observers import Identity, Mask
@@ -43,20 +49,34 @@ def network(maps: bool) -> MDAE:
     return set_precision(build_network(SHAPE, **choose_network(SHAPE, maps)), "cuda")
 
 
-def training_rate(batch: int, steps: int, maps: bool, graphs: bool) -> float:
-    """Training images per second on random pairs, after the first quarter."""
-    import emdiff.learner
+HOW = ("plain", "graphs", "ahead", "by row")
+"""Kernel by kernel, or replayed, on pairs that lie on the GPU; replayed on pairs in files, read ahead of their use or when they are needed."""
 
-    kept, ticks = emdiff.learner.replayed, list[float]()
-    if not graphs:
-        emdiff.learner.replayed = lambda denoiser: denoiser
-    x = torch.randn(20_000, *SHAPE, device="cuda")
-    levels = torch.where(torch.rand(x.shape, device="cuda") < 0.25, 0.3, math.inf) if maps else None
-    loss, tick = PairLoss(Draws(x, x, 0.0), 0.1, levels), lambda *_: ticks.append(time.perf_counter())
-    train(network(maps), loss, len(x), steps, batch, device="cuda", progress=tick)
-    emdiff.learner.replayed = kept
+
+def training_rate(batch: int, steps: int, maps: bool, how: str, device: str = "cuda") -> float:
+    """Training images per second on random pairs, after the first quarter; `how` is one of HOW."""
+    ticks, g = list[float](), torch.Generator().manual_seed(0)
+    x = torch.randn(20_000, *SHAPE, generator=g)
+    levels = torch.where(torch.rand(x.shape, generator=g) < 0.25, 0.3, math.inf) if maps else None
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as changed:
+        filed = how in HOW[2:]
+        x, levels = (
+            (stored(a, Path(folder) / name) if filed else a.to(device)) if a is not None else a for name, a in (("x", x), ("levels", levels))
+        )
+        if how == "plain":
+            changed.enter_context(patch("emdiff.learner.replayed", lambda denoiser: denoiser))
+        if how == "by row":
+            changed.enter_context(patch("emdiff.ahead.goes_on", lambda device: False))
+        loss, tick = PairLoss(Draws(x, x, 0.0), 0.1, levels, carried=filed), lambda *_: ticks.append(time.perf_counter())
+        train(network(maps), loss, len(x), steps, batch, device=device, progress=tick)
     first = len(ticks) // 4  # a tick every 20 steps, and one at the end
     return batch * 20 * (len(ticks) - 2 - first) / (ticks[-2] - ticks[first])
+
+
+def stored(array: Tensor, path: Path) -> Rows:
+    """An array in a file, to be read by row."""
+    np.save(path.with_suffix(".npy"), array.numpy())
+    return of_npy(path.with_suffix(".npy"), SMALL + 1)
 
 
 def walking_rate(batch: int, maps: bool, repeats: int = 3) -> float:
@@ -81,10 +101,9 @@ def measure_steps(args: argparse.Namespace) -> dict[str, Any]:
     for maps in (False, True):
         kind = "maps" if maps else "levels"
         for batch in args.batches:
-            for graphs in (False, True):
-                rate = training_rate(batch, args.steps, maps, graphs)
-                found[f"train {kind} {batch} {'graphs' if graphs else 'plain'}"] = rate
-                how = "graphs" if graphs else "plain"
+            for how in HOW:
+                rate = training_rate(batch, args.steps, maps, how)
+                found[f"train {kind} {batch} {how}"] = rate
                 print(f"training, {kind:<7} batch {batch:5d} {how:<7} {rate:10.0f} images/s, {1e3 * batch / rate:.2f} ms", flush=True)
         for batch in (1024, 4096, 16384):
             rate = walking_rate(batch, maps)
