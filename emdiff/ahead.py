@@ -57,7 +57,8 @@ def _threaded(read: Callable[[Key], Any], keys: Iterator[Key], device: torch.dev
     def pinned(key: Key) -> Any:
         return mapped(read(key), lambda tensor: tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor)
 
-    reader = ThreadPoolExecutor(1, "ahead")
+    here = {} if device.type != "cuda" else {"initializer": torch.cuda.set_device, "initargs": (torch.cuda.current_device(),)}
+    reader = ThreadPoolExecutor(1, "ahead", **here)
     try:
         due = deque(reader.submit(pinned, key) for key in islice(keys, DEPTH))
         while due:

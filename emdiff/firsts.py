@@ -18,7 +18,7 @@ from emdiff.first_samples import Deviations, deviations, first_samples
 from emdiff.folder import RunFolder
 from emdiff.gaussian import fit_gaussian, pathwise
 from emdiff.mdae import MDAE
-from emdiff.near import near_data
+from emdiff.near import beside, near_data
 from emdiff.outline import Listener, Plan
 from emdiff.posterior import sample_posterior
 from emdiff.prior import Prior, build_network, load_prior, set_precision
@@ -150,11 +150,11 @@ class Recorruption:
 
     def __init__(self, data: Data, complete: bool) -> None:
         self.data, self.complete = data, complete
-        self.device = data.rows(slice(0, 1)).obs.device
+        self.first = data.rows(slice(0, 1)).obs
 
     def read(self, index: Tensor) -> Measurements:
         """The observations at indices (B,), where they lie."""
-        batch = self.data.rows(index.to(self.device))
+        batch = self.data.rows(beside(index, self.first))
         return Measurements(*batch.observer.as_measurement(batch.obs))
 
     def __call__(self, denoiser: MDAE, batch: Measurements, generator: torch.Generator) -> Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from emdiff.data import Data, size
 from emdiff.rows import Array, row_spans
@@ -33,6 +34,11 @@ def near(array: Array, device: torch.device) -> Array:
     for part in row_spans(array):
         there[part] = array[part].to(device)
     return there
+
+
+def beside(index: Tensor, array: Array) -> Tensor:
+    """Indices on the device of an array, to which they are copied behind the work in hand: a plain copy would wait for that to end."""
+    return index.to(array.device, non_blocking=True)
 
 
 def near_data(data: Data, device: torch.device) -> Data:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from emdiff.em import Draws
 from emdiff.mdae import MDAE
+from emdiff.near import beside
 from emdiff.prior import TAU_FIRST
 from emdiff.rows import Array, chosen_rows
 
@@ -74,7 +75,7 @@ class PairLoss:
 
     def read(self, index: Tensor) -> Pairs:
         """The pairs at indices (B,), where they lie."""
-        at = index.to(self.draws.x.device)
+        at = beside(index, self.draws.x)
         sigma_z = self.sigma_z[index.roll(1) % len(self.sigma_z)] if self.carried else None
         return Pairs(self.draws.x[at], self.draws.y[at], sigma_z)
 

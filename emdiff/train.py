@@ -19,7 +19,7 @@ from emdiff.datasets import Dataset, in_units
 from emdiff.measurement import effective, measure
 from emdiff.memory import Memory, Optimiser, load_memory, save_memory
 from emdiff.models import fixed_levels
-from emdiff.near import near
+from emdiff.near import beside, near
 from emdiff.objectives import ManyLevels, OneSet, errors
 from emdiff.outline import Listener
 from emdiff.prior import TAU_FIRST, Prior, build_network, load_prior, sample_prior, save_prior, set_precision
@@ -83,7 +83,7 @@ class Standardised:
 
     def read(self, index: Tensor) -> Tensor:
         """What is stored at indices (B,), where it lies."""
-        return self.stored[index.to(self.stored.device)]
+        return self.stored[beside(index, self.stored)]
 
     def unflipped(self) -> Standardised:
         """The same data, none mirrored."""

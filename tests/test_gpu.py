@@ -188,6 +188,19 @@ def test_rows_read_ahead_come_by_pinned_memory_behind_the_work_in_hand(monkeypat
     assert pinned == [False] * 5
 
 
+def test_rows_that_lie_near_are_picked_without_a_wait() -> None:
+    x, index = images().to(CUDA), torch.arange(50)
+    loss = PairLoss(Draws(x, x, 0.0), 0.1)
+    loss.read(index)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch = loss.read(index)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(batch.x, x[:50])
+
+
 @pytest.mark.parametrize("maps", [False, True])
 def test_training_on_rows_of_a_file_is_training_on_rows_that_lie_near(maps: bool) -> None:
     """Without maps, whose draws differ, to the sums' order; with them to what they teach."""
