@@ -30,7 +30,7 @@ RETREAT = 4.0
 """What the rate is divided by after a divergence."""
 
 
-class Indices(IterableDataset):
+class Indices:
     """Batches of indices without end: each epoch visits every index once, in an order of its own; the first `skip` batches are left out. Each
     process of a team has the same batches, and gives its part of each."""
 

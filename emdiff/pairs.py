@@ -76,7 +76,7 @@ class PairLoss:
     def read(self, index: Tensor) -> Pairs:
         """The pairs at indices (B,), where they lie."""
         at = beside(index, self.draws.x)
-        sigma_z = self.sigma_z[index.roll(1) % len(self.sigma_z)] if self.carried else None
+        sigma_z = self.sigma_z[index.roll(1)] if self.carried else None
         return Pairs(self.draws.x[at], self.draws.y[at], sigma_z)
 
     def __call__(self, denoiser: MDAE, batch: Pairs, generator: torch.Generator) -> Tensor:
