@@ -40,6 +40,7 @@ MEANINGS = {
     "ess_share": Meaning("effective samples per sample", "near 1"),
     "solver_residual": Meaning("relative residual of the linear solver", "below about .1; 0 where no solver is needed"),
     "solver_iterations": Meaning("iterations of the linear solver", "below the limit --walk.iterations"),
+    "shrunk": Meaning("mean share by which --strata drew samples in", "falls"),
     "restarted": Meaning("chains started again", "0, or few"),
     "restarted_share": Meaning("chains started again, per sample", "0"),
     "kept": Meaning("data whose draw was kept from the iteration before", "0, or few"),

@@ -25,6 +25,8 @@ class Plan(NamedTuple):
         rate: Learning rate.
         refresh: Observations walked anew in each iteration from the second on, in turn; the others keep their last pair, chain and jump. 0 for all.
         relax: Last iteration that may over-relax, which it does if the samples spread too much or follow the noise (relax).
+        strata: Exact iterations take out of their samples what the observations object to, stratum by stratum (strata), in place of the rule
+            against following the noise.
         maps: Whether observations are fused whose levels differ between entries or data.
         prior_samples: Prior samples drawn per round for figures.
         seed: Seed of everything random.
@@ -45,6 +47,7 @@ class Plan(NamedTuple):
     rate: float = 2e-3
     refresh: int = 0
     relax: int = 0
+    strata: bool = False
     maps: bool = False
     prior_samples: int = 500
     seed: int = 0

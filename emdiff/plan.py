@@ -17,6 +17,7 @@ from emdiff.errors import UsageError
 from emdiff.files import sha256
 from emdiff.firsts import first_steps, level_maps
 from emdiff.gaussian import DENSE
+from emdiff.models import is_image_shape
 from emdiff.noise import depends_on_signal
 from emdiff.outline import Plan
 from emdiff.pool import applies, noise
@@ -26,6 +27,7 @@ from emdiff.relax import default_relax
 from emdiff.rows import evenly
 from emdiff.scale import Scale
 from emdiff.start import Choice, choose_start
+from emdiff.strata import TAU
 
 Config = dict[str, Any]
 
@@ -81,6 +83,8 @@ def make_plan(config: Config, data: Data, scale: Scale, device: str) -> tuple[Pl
         chosen = chosen._replace(tau_relax=walk["tau_relax"] if relative > 2 * walk["tau_relax"] else tau_last)
     if relax and chosen.tau_relax > tau_last and not tau_first > chosen.tau_relax:
         raise UsageError(f"--walk.tau-relax {chosen.tau_relax:g} is not below --walk.tau-first {tau_first:g}; lower it, or give --relax 0")
+    if config["strata"]:
+        check_strata(config, data, start.kind, guidance, tau_last)
     maps = guidance == "fused" and level_maps(data) is not None
     network = choose_network(data.shape, maps)
     if config.get("init_prior"):
@@ -92,11 +96,29 @@ def make_plan(config: Config, data: Data, scale: Scale, device: str) -> tuple[Pl
     steps = train["steps"] or default_steps(refresh // 2 or len(data), device, network["kind"], batch)
     start_steps = train["start_steps"] or max(SHOWN // batch, GPU_START if (device, network["kind"]) == ("cuda", "unet") else 1)
     plan = Plan(
-        config["iters"], start, chosen, network, start_steps, steps, batch, train["rate"], refresh, relax,
+        config["iters"], start, chosen, network, start_steps, steps, batch, train["rate"], refresh, relax, config["strata"],
         maps=maps, seed=config["seed"], device=device, stop=config["stop"] == "auto",
         level=noise_range(data)[0] if config["noise_std"] == "auto" else None, compile=config["compile"], init_prior=config.get("init_prior"),
     )  # fmt: skip
     return plan, {"start": start.reason, "guidance": reason}
+
+
+def check_strata(config: Config, data: Data, start: str, guidance: str, tau_last: float) -> None:
+    """Refuse strata where there are none.
+
+    Raises:
+        UsageError: naming what they lack.
+    """
+    lacks = {
+        f"guidance fused, and this is {guidance}": guidance == "fused",
+        f"images, and x has shape {data.shape}": is_image_shape(data.shape),
+        f"a start without a mixture, and this is {start}": start != "mixture",
+        "a noise level that is known": config["noise_std"] != "auto" and not depends_on_signal(data),
+        f"--walk.tau-last below {TAU:g}, and it is {tau_last:g}": tau_last < TAU,
+    }
+    for lack, there in lacks.items():
+        if not there:
+            raise UsageError(f"--strata true: needs {lack}; leave it out")
 
 
 def read_init_prior(path: Path, data: Data, tau_last: float = math.inf) -> Prior:
@@ -263,6 +285,8 @@ def print_plan(data: Data, scale: Scale, plan: Plan, reasons: dict[str, str], ou
         print(f"chains        restart in every iteration from {walk.pool} prior samples, resampled by each observation's likelihood")
     print(f"prior         {plan.network['kind']}, {plan.steps} steps of {plan.batch} per M-step, {first_steps(plan)} in the first, on {plan.device}")
     limit = "" if plan.relax == NO_LIMIT else f", up to iteration {plan.relax}"
-    relaxed = f"over-relaxed where the samples spread more than the data do, or follow the noise{limit}" if plan.relax else "exact"
+    follow = "" if plan.strata else ", or follow the noise"
+    relaxed = f"over-relaxed where the samples spread more than the data do{follow}{limit}" if plan.relax else "exact"
+    relaxed += ", without the variance that the observations object to in strata" if plan.strata else ""
     print(f"iterations    {plan.iters}; {relaxed}")
     print(f"run folder    {out}" + (f", continued after round {finished}" if finished >= 0 else ""), flush=True)

@@ -29,6 +29,7 @@ from emdiff.relax import closes, followed, over_relaxed, relaxed_walk, spreads
 from emdiff.rows import Array, chosen_rows, fill
 from emdiff.scale import Scale
 from emdiff.shrink import keep
+from emdiff.strata import relaxed_by_strata
 from emdiff.streams import stream, stream_seed
 from emdiff.training import Trained, train
 from emdiff.turns import in_place, on_turn, rows_of, those_of
@@ -45,12 +46,14 @@ class Walked(NamedTuple):
         relaxed: Whether the round over-relaxes at tau_relax.
         level: The noise level from these draws, in the user's units, where it is not known.
         chi2: Of the measurements that they are jumps from (`followed`).
+        shrunk: Mean share k by which strata of them were drawn in (strata); None where they were not looked at so.
     """
 
     draws: Draws
     relaxed: bool = False
     level: float | None = None
     chi2: float | None = None
+    shrunk: float | None = None
 
 
 def em_round(
@@ -67,13 +70,14 @@ def em_round(
     draws = walked.draws
     x, pairs = merged(k, rows, draws, scale, plan, run, team)
     chi2 = walked.chi2
-    close = k > 1 and not walked.relaxed and chi2 is not None and team.lead(closes, k, plan, those_of(data, rows), chi2)
+    close = k > 1 and not walked.relaxed and not plan.strata and chi2 is not None and team.lead(closes, k, plan, those_of(data, rows), chi2)
     pairs = over_relaxed(pairs) if close else pairs
     seconds_e, clock = time.perf_counter() - clock, time.perf_counter()
     trained = m_step(k, prior, pairs, data, plan, run, listener, team)
     metrics = {
         **({} if chi2 is None else {"chi2": chi2}),
         "over_relaxed": walked.relaxed or close,
+        **({} if walked.shrunk is None else {"shrunk": walked.shrunk}),
         "loss": trained.loss,
         "retreats": trained.retreats,
         "restarted": draws.restarted,
@@ -107,18 +111,23 @@ def walk_all(
         chains = restart(prior, own, chains, walk.pool, walk.tau_first, stream(seed, "pool", k, device=plan.device), store)
     walker, draw = for_sampling(prior, plan.device, plan.compile).denoiser, stream(seed, "e-step", k, device=plan.device)
     state = run.checkpoint(k, team.mark("walk"))
-    draws = e_step(walker, own, chains, walk, draw, run.figure(0, "bound"), bar, plan.walk.tau_last, store, state)
-    draws = of_all(k, draws, run, team)
+    part = e_step(walker, own, chains, walk, draw, run.figure(0, "bound"), bar, plan.walk.tau_last, store, state)
+    draws = of_all(k, part, run, team)
     level = None
     if plan.level is not None:
         complete = (draws.y, draws.tau) if draws.sample is None else (draws.sample, 0.0)
         level = scale.std * team.lead(updated_level, some, *complete, stream(plan.seed, "noise", k))
-    return Walked(over_relaxed(draws) if relax else draws, relax, level, team.lead(followed, some, draws))
+    chi2, share = team.lead(followed, some, draws), None
+    if plan.strata and k > 1 and not relax:
+        bar, draw = listener.phase(f"round {k}: strata", 2 * len(own)), stream(seed, "strata", k, device=plan.device)
+        part, share = relaxed_by_strata(walker, own, part, draw, store, walk.batch, team.total, bar)
+        draws = of_all(k, part, run, team, "relaxed_")
+    return Walked(over_relaxed(draws) if relax else draws, relax, level, chi2, share)
 
 
-def of_all(k: int, draws: Draws, run: RunFolder, team: Team) -> Draws:
-    """The draws of all processes, from those of each."""
-    arrays = {name: run.whole(k, name, array, team) for name in ("y", "x", "sample") if (array := getattr(draws, name)) is not None}
+def of_all(k: int, draws: Draws, run: RunFolder, team: Team, prefix: str = "") -> Draws:
+    """The draws of all processes, from those of each, whose files' names begin so."""
+    arrays = {name: run.whole(k, prefix + name, array, team) for name in ("y", "x", "sample") if (array := getattr(draws, name)) is not None}
     restarted, kept, residual, iterations = zip(*team.gather((draws.restarted, draws.kept, draws.residual, draws.iterations)))
     mean = lambda values: sum(values) / len(values)  # noqa: E731
     return Draws(arrays["y"], arrays["x"], draws.tau, sum(restarted), torch.cat(kept), mean(residual), mean(iterations), arrays.get("sample"))

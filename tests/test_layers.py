@@ -45,7 +45,7 @@ LAYERS = [
     {"prior", "runs"},
     {"compiled"},
     {"em", "pool", "chain", "datasets"},
-    {"pairs", "outline"},
+    {"pairs", "outline", "strata"},
     {"posterior"},
     {"firsts"},
     {"relax"},
