@@ -40,6 +40,7 @@ from emdiff.prior import build_network, choose_network, set_precision
 from emdiff.relax import SPREAD, closes, followed, over_relaxed, relaxed_walk
 from emdiff.scale import Scale, estimate_scale
 from emdiff.start import Choice, antithetic, recorrupt, self_supervised_loss
+from emdiff.strata import relaxed_by_strata
 from emdiff.streams import stream, stream_seed
 from emdiff.training import Optimiser, train
 from observers import Identity, Mask
@@ -67,6 +68,7 @@ class Variant(NamedTuple):
         taper: Factor by which an M-step is shorter than the one before.
         relax: "auto": as `emdiff fit` does (emdiff.relax), "never", "two": the first two E-steps, or "lambda": samples (1 - l) xhat + l x, xhat the
             jump at tau_relax and x the one at the end of the same walk, and l = 0, 1/4, 1/2, 3/4 in the first four E-steps; exact after them.
+        strata: Exact iterations take out what strata of samples have too much of, in place of the rule against following the noise (emdiff.strata).
         anchor: Recorrupted observations per pair in the M-step's batches.
         levels: Of the E-step's walk.
         iters: Iterations.
@@ -80,6 +82,7 @@ class Variant(NamedTuple):
     steps: int = 1600
     taper: float = 1.0
     relax: str = "auto"
+    strata: bool = False
     anchor: float = 0.0
     levels: int = 24
     iters: int = 5
@@ -95,6 +98,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shorter": {"turn": 0.1, "steps": 320, "iters": 16},
     "no memory": {"turn": 0.25, "steps": 800, "iters": 8, "keep": False},
     "anchor": {"turn": 0.25, "steps": 800, "iters": 8, "anchor": 0.5},
+    "strata": {"strata": True},
     "exact": {"turn": 0.25, "steps": 800, "iters": 8, "relax": "never"},
     "relax twice": {"turn": 0.25, "steps": 800, "iters": 8, "relax": "two"},
     "lambda": {"turn": 0.25, "steps": 800, "iters": 8, "relax": "lambda"},
@@ -215,8 +219,11 @@ class Setting:
                     draws = partly_relaxed(denoiser, some, walk, (k - 2) / 4, stream(0, "e-step", k))
                 else:
                     ended = e_step(denoiser, some, None, relaxed_walk(some, walk) if relax else walk, stream(0, "e-step", k))
-                    chi2, draws = followed(some, ended), drawn(ended)
-                    close = v.relax == "auto" and not relax and chi2 is not None and closes(k, FIT, some, chi2)
+                    chi2, by_strata = followed(some, ended), v.strata and not relax
+                    close = v.relax == "auto" and not relax and not by_strata and chi2 is not None and closes(k, FIT, some, chi2)
+                    if by_strata:
+                        ended, _ = relaxed_by_strata(denoiser, some, ended, stream(0, "strata", k), lambda _, shape: torch.empty(shape), 500)
+                    draws = drawn(ended)
                 draws = over_relaxed(draws) if relax else draws
                 y[rows], x, tau[rows], std = draws.y, x.index_copy(0, rows, draws.x), draws.tau, float(draws.x.std())
                 last = torch.arange(count) if v.keep else rows
