@@ -65,14 +65,14 @@ def to_uint8(x: np.ndarray, low: float, high: float) -> np.ndarray:
 def save_samples(path: Path, x: Tensor, title: str, columns: int = 8) -> None:
     """Write a PNG of samples (n, *S): a grid of images, or curves, or points."""
     values = x.numpy()
-    figure, axes = plt.subplots(figsize=(6, 6 * max(1, -(-len(values) // columns)) / columns + 0.7) if is_image(values.shape[1:]) else (6, 4))
     if is_image(values.shape[1:]):
-        low, high = value_range(values)
-        axes.imshow(to_uint8(tile(values, columns), low, high), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        (low, high), tiles, margins = value_range(values), tile(values, columns), (0.12, 0.12, 0.12, 0.4)
+        figure, axes = plt.subplots(figsize=(6, 5.76 * tiles.shape[0] / tiles.shape[1] + 0.52))
+        axes.imshow(to_uint8(tiles, low, high), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes.set_axis_off()
         axes.set_title(f"{title}   [{low:.3g}, {high:.3g}]", fontsize=9)
-        margins = (0.12, 0.12, 0.12, 0.4)
     else:
+        figure, axes = plt.subplots(figsize=(6, 4))
         flat = values.reshape(len(values), -1)
         if flat.shape[1] <= 8:
             axes.scatter(flat[:, 0], flat[:, -1], s=4)
