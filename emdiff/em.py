@@ -29,7 +29,7 @@ from emdiff.langevin import STEPS
 from emdiff.mdae import MDAE
 from emdiff.near import near_data
 from emdiff.prior import TAU_FIRST
-from emdiff.rows import Array, Store
+from emdiff.rows import Array, Store, steps
 from emdiff.unfinished import Batches
 
 Progress = Callable[[int], None]
@@ -228,7 +228,7 @@ def e_step(
     arrays: dict[str, Any] = {name: store(name, shape) for name in names} if store else {}
     if done.parts and not all(array.found for array in arrays.values()):
         done.forget(generator)
-    parts = [slice(i, min(i + walk.batch, len(data))) for i in range(done.count(), len(data), walk.batch)]
+    parts = steps(done.count(), len(data), walk.batch)
     batches = ahead(lambda span: (data.rows(span), None if chains is None else chains[span]), parts, device)
     for span in parts:
         done.between(arrays, generator)

@@ -23,7 +23,7 @@ from emdiff.outline import Listener, Plan
 from emdiff.posterior import sample_posterior
 from emdiff.prior import Prior, build_network, load_prior, set_precision
 from emdiff.processes import ALONE, Team
-from emdiff.rows import BLOCK, Array, Index, Rows, row_spans, spans
+from emdiff.rows import BLOCK, Array, Index, Rows, row_spans, spans, steps
 from emdiff.scale import Scale
 from emdiff.smooth import correlation_length
 from emdiff.start import antithetic, recorrupt, self_supervised_loss
@@ -63,7 +63,7 @@ def start_round(
         gaussian = fit_gaussian(own, GAUSSIAN_ITERATIONS, generator=draw, progress=bar, total=team.total, length=length).to(plan.device)
     draw, x, largest = stream(team.seed(plan.seed), "first samples", device=plan.device), own_x(run, own, team), 0.0
     bar = listener.phase("start: first samples", len(own))
-    parts = [slice(i, min(i + plan.walk.batch, len(own))) for i in range(0, len(own), plan.walk.batch)]
+    parts = steps(0, len(own), plan.walk.batch)
     for span, batch in zip(parts, ahead(own.rows, parts, torch.device(plan.device))):
         if plan.start.kind == "gaussian":
             part = pathwise(gaussian, batch.observer, batch.obs, draw)
@@ -78,7 +78,7 @@ def start_round(
 def unseen(data: Data, plan: Plan) -> Iterator[Observations]:
     """Batches of the observations that the start's training was not shown."""
     first = len(data) - held_out(len(data))
-    return (data.rows(slice(i, min(i + plan.walk.batch, len(data)))).to(plan.device) for i in range(first, len(data), plan.walk.batch))
+    return (data.rows(part).to(plan.device) for part in steps(first, len(data), plan.walk.batch))
 
 
 def own_x(run: RunFolder, own: Data, team: Team) -> NewArray:

@@ -85,14 +85,22 @@ def small(size: int) -> bool:
     return size <= SMALL
 
 
+def steps(first: int, count: int, step: int) -> list[slice]:
+    """Slices of `step` rows, the last of what is left, that cover rows `first` to `count`.
+
+    >>> steps(1, 6, 2)
+    [slice(1, 3, None), slice(3, 5, None), slice(5, 6, None)]
+    """
+    return [slice(i, min(i + step, count)) for i in range(first, count, step)]
+
+
 def spans(count: int, entries: int, most: int = 1024, at_once: int | None = None) -> list[slice]:
     """Slices that cover `count` rows of `entries` entries: at least two rows, at most `most`, and about `at_once` or ENTRIES entries.
 
     >>> spans(2500, 28 * 28)
     [slice(0, 1024, None), slice(1024, 2048, None), slice(2048, 2500, None)]
     """
-    step = max(2, min(most, (at_once or ENTRIES) // max(1, entries)))
-    return [slice(i, min(i + step, count)) for i in range(0, count, step)]
+    return steps(0, count, max(2, min(most, (at_once or ENTRIES) // max(1, entries))))
 
 
 def row_spans(array: Array, most: int = 1024) -> list[slice]:

@@ -18,7 +18,7 @@ fused jump x_r = xhat(y_r, obs), whose mean square is V: it is multiplied by 1 -
     y' = x_r + (1 - k) (y - x_r) + tau (1 - (1 - k)^2)^(1/2) eps,     xhat' = x_r + (1 - k) (xhat - x_r),
 
 y' is a measurement of x' = x_r + (1 - k) (x - x_r) of the same level, and xhat' = E[x' | y', obs]: a pair as exact as (y, xhat), of the law of x'.
-Where the observations object to nothing, k is 0.
+Where the observations object to nothing, k is 0. Ours; docs/method.md, By strata, has figures.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from emdiff.denoise import Denoiser
 from emdiff.em import Draws
 from emdiff.guidance import FusedPosterior
 from emdiff.near import near_data
-from emdiff.rows import Store
+from emdiff.rows import Store, steps
 
 TAU = 1.0
 """Level of the coarser measurement, in units of the data's std: fine enough to tell strokes from ground, and coarse enough to hide grain."""
@@ -115,10 +115,19 @@ def estimate(sums: Sums, tau: float) -> Strata:
 
 
 def shrinkage(strata: Strata, stratum: Tensor, sigma_z: Tensor) -> Tensor:
-    """k in [0, 1] of each entry, shape of stratum."""
+    """k in [0, 1] of each entry (B, *S), of strata (B, *S) and levels of observations (B, *S), infinite where nothing was observed."""
     V, excess = strata.variance[stratum].clamp(min=1e-30), strata.excess[stratum]
     g = (V / (V + sigma_z.double().square())).square()
     return 1 - (1 - (1 - g) * excess / V).clamp(min=0).sqrt()
+
+
+def survey(prior: Denoiser, z: Tensor, sigma_z: Tensor, y: Tensor, tau: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """x_r (B, *S) and strata (B, *S), int64, of measurements y (B, *S) of level tau, whose data were observed as z (B, *S) with levels sigma_z."""
+    coarse = y + math.sqrt(TAU**2 - tau**2) * torch.randn(y.shape, generator=generator, device=y.device)
+    level = y.new_full((1,), TAU)
+    deviation = y - prior.xhat(coarse[:, None], level)
+    stratum = torch.bucketize(local_mean(deviation.square()) - tau**2, torch.tensor(EDGES, device=y.device))
+    return FusedPosterior(prior, z, sigma_z).xhat(coarse[:, None], level), stratum
 
 
 @torch.no_grad()
@@ -149,15 +158,11 @@ def relaxed_by_strata(
     """
     device, tau, data = generator.device, draws.tau, near_data(data, generator.device)
     y, x, strata = (store(name, tuple(draws.y.shape)) for name in ("relaxed_y", "relaxed_x", "stratum"))
-    parts = [slice(i, min(i + batch, len(data))) for i in range(0, len(data), batch)]
-    edges, sums = torch.tensor(EDGES, device=device), torch.zeros(4, COUNT, dtype=torch.float64, device=device)
+    parts, sums = steps(0, len(data), batch), torch.zeros(4, COUNT, dtype=torch.float64, device=device)
     read = lambda span: (data.rows(span), draws.y[span], draws.x[span])  # noqa: E731
     for span, (part, last, jump) in zip(parts, ahead(read, parts, device)):
         z, sigma_z = part.observer.as_measurement(part.obs)
-        coarse = last + math.sqrt(TAU**2 - tau**2) * torch.randn(last.shape, generator=generator, device=device)
-        level = last.new_full((1,), TAU)
-        reference = FusedPosterior(prior, z, sigma_z).xhat(coarse[:, None], level)
-        stratum = torch.bucketize(local_mean((last - prior.xhat(coarse[:, None], level)).square()) - tau**2, edges)
+        reference, stratum = survey(prior, z, sigma_z, last, tau, generator)
         good = torch.ones(len(part), dtype=torch.bool) if draws.kept is None else ~draws.kept[span].cpu()
         looked = (a.expand(last.shape)[good.to(device)] for a in (stratum, last, jump - reference, z, sigma_z))
         sums += torch.stack(tally(*looked, tau))

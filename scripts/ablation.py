@@ -38,6 +38,7 @@ from emdiff.pairs import PairLoss, Pairs, drawn
 from emdiff.plan import NO_LIMIT, default_train_batch
 from emdiff.prior import build_network, choose_network, set_precision
 from emdiff.relax import SPREAD, closes, followed, over_relaxed, relaxed_walk
+from emdiff.rows import steps
 from emdiff.scale import Scale, estimate_scale
 from emdiff.start import Choice, antithetic, recorrupt, self_supervised_loss
 from emdiff.strata import relaxed_by_strata
@@ -205,8 +206,8 @@ class Setting:
         """A row of figures for the start's samples, and one after every iteration."""
         denoiser, x, clock = self.start(v)
         yield {"iteration": 0, "seconds": clock, "relaxed": False, **self.judge_start(x)}
-        steps, count = v.steps if not self.args.quick else 5, len(x)
-        first = self.args.start_steps if v.start == "gaussian" or self.maps is not None else steps
+        usual, count = v.steps if not self.args.quick else 5, len(x)
+        first = self.args.start_steps if v.start == "gaussian" or self.maps is not None else usual
         y, tau, order, turn = x.clone(), torch.zeros(count), torch.randperm(count, generator=stream(0, "turns")), max(1, round(v.turn * count))
         last, std = torch.arange(count), float(x.std())
         for k in range(1, v.iters + 1):
@@ -229,10 +230,10 @@ class Setting:
                 last = torch.arange(count) if v.keep else rows
             lacking = (Walk().tau_last ** 2 - tau.square()).clamp(min=0).sqrt().reshape(-1, 1, 1)
             ends = y + lacking * torch.randn(y.shape, generator=stream(0, "ends", k))
-            ended = Draws(ends[last], x[last], Walk().tau_last)
-            pairs: Any = PairLoss(over_relaxed(ended) if close else ended, Walk().tau_last, self.maps)
+            seen = Draws(ends[last], x[last], Walk().tau_last)
+            pairs: Any = PairLoss(over_relaxed(seen) if close else seen, Walk().tau_last, self.maps)
             loss = Anchored(pairs, self.data, v.anchor) if v.anchor else pairs
-            length = first if k == 1 else max(1, round(steps * v.taper ** (k - 1)))
+            length = first if k == 1 else max(1, round(usual * v.taper ** (k - 1)))
             denoiser = train(denoiser, loss, len(last), length, BATCH, 2e-3, stream_seed(0, "m-step", k)).denoiser
             clock += self.now() - begin
             yield {"iteration": k, "seconds": clock, "relaxed": bool(relax or close), **self.judge(denoiser)}
@@ -240,7 +241,7 @@ class Setting:
 
 def last_tenth(data: Observations, batch: int = 500) -> list[Observations]:
     """The observations that the start's training is not shown, in batches."""
-    return [data.rows(slice(i, min(i + batch, len(data)))) for i in range(len(data) - len(data) // 10, len(data), batch)]
+    return [data.rows(part) for part in steps(len(data) - len(data) // 10, len(data), batch)]
 
 
 def partly_relaxed(denoiser: MDAE, data: Observations, walk: Walk, share: float, generator: torch.Generator) -> Draws:

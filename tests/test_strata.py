@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from test_cli import SMALL, here, refused, vectors  # noqa: F401
+from test_survive_train import until_done
 from torch import Tensor
 
 from emdiff.cli import main
 from emdiff.data import Observations
 from emdiff.denoise import GaussianDenoiser
 from emdiff.em import Draws, Walk, e_step
+from emdiff.interrupt import Stopped
 from emdiff.observations import write_observations
 from emdiff.strata import COUNT, EDGES, TAU, Strata, Sums, estimate, local_mean, relaxed_by_strata, shrinkage, tally
 from observers import Identity, Mask
@@ -74,6 +77,7 @@ def test_variance_that_the_truth_has_not_is_taken_out_where_it_is_and_nowhere_el
     left_by_em = V - seen * (V / (V + n**2)) ** 2 * V
     assert variance_of(exact, LEFT) == pytest.approx(left_by_em, abs=0.001)
     assert 0 < variance_of(new, LEFT) < 0.27 * V
+    assert float(new.x[..., LEFT].square().mean()) < variance_of(new, LEFT)  # a jump varies less than what it is a jump to
     assert variance_of(new, RIGHT) == pytest.approx(0.3, abs=0.012) and 0.35 < share < 0.65
 
 
@@ -173,12 +177,47 @@ def test_a_fit_by_strata_trains_on_what_they_leave_and_says_how_much(tmp_path: P
     assert same.sum() == (50 if turns else 0) and rounds["plain"][2]["chi2"] == rounds["strata"][2]["chi2"]
 
 
+def test_a_fit_by_strata_that_is_stopped_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped again and again, between the passes over strata too: both passes are done anew from the same draws."""
+    monkeypatch.setattr("emdiff.strata.estimate", lambda sums, tau: Strata(sums.square / sums.count, sums.square / sums.count / 2))
+    images(tmp_path / "obs.npz")
+    how = [
+        "fit",
+        "--observations",
+        str(tmp_path / "obs.npz"),
+        "--iters",
+        "3",
+        "--start",
+        "self-supervised",
+        "--strata",
+        "true",
+        "--walk.batch",
+        "20",
+        *SMALL,
+    ]
+    main([*how, "--out", str(tmp_path / "whole")])
+    passes, plain = [], relaxed_by_strata
+
+    def again() -> None:
+        try:
+            main([*how, "--out", str(tmp_path / "parts")])
+        except SystemExit as end:
+            raise Stopped(signal.SIGTERM) from end
+
+    monkeypatch.setattr("emdiff.rounds.relaxed_by_strata", lambda *a, **more: (passes.append(1), plain(*a, **more))[1])
+    _, lives = until_done(monkeypatch, again, 11)
+    assert lives > 5 and len(passes) > 2  # more often than there are rounds that have strata
+    for name in ("samples.npy", "prior.safetensors"):
+        assert (tmp_path / "whole/round_003" / name).read_bytes() == (tmp_path / "parts/round_003" / name).read_bytes()
+
+
 def test_strata_are_refused_where_there_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     vectors("obs.npz")
     images(tmp_path / "images.npz", masked=False)
     cases = (
         ("obs.npz", [], "images"),
         (tmp_path / "images.npz", ["--guidance", "cg"], "guidance fused"),
+        (tmp_path / "images.npz", ["--start", "mixture", "--shape", "[4,16]"], "mixture"),
         (tmp_path / "images.npz", ["--noise_std", "auto"], "known"),
         (tmp_path / "images.npz", ["--walk.tau-last", "1", "--walk.tau-relax", "1"], "tau-last"),
     )
