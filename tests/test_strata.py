@@ -20,7 +20,7 @@ from emdiff.denoise import GaussianDenoiser
 from emdiff.em import Draws, Walk, e_step
 from emdiff.interrupt import Stopped
 from emdiff.observations import write_observations
-from emdiff.strata import COUNT, EDGES, TAU, Strata, Sums, estimate, local_mean, relaxed_by_strata, shrinkage, tally
+from emdiff.strata import COUNT, EDGES, TAU, Strata, Sums, estimate, local_mean, relaxed_by_strata, shrinkage, survey, tally
 from observers import Identity, Mask
 
 S, n, N = (5, 18), 0.4, 3000
@@ -91,6 +91,17 @@ def test_draws_of_the_true_prior_stay_what_they_are() -> None:
 def test_a_prior_that_is_too_narrow_is_left_to_em() -> None:
     _, new, share = relaxed(variances(0.2, 0.3), variances(0.03, 0.3))
     assert share < 0.02
+
+
+@pytest.mark.parametrize("v, stratum", [(0.03, 6), (0.3, 12)])
+def test_a_stratum_is_what_the_prior_lets_x_vary_and_x_r_the_fused_jump(v: float, stratum: int) -> None:
+    """Of x ~ N(0, v): E (x - xhat(y_r))^2 = v/(1 + v), without the level of y; and E (x - x_r)^2 = V[x | y_r, z], in closed form."""
+    tau, flat = 0.1, torch.full(S, v, dtype=torch.float64)
+    x = prior(flat).sample(N, generator(0))
+    y, z = (x + level * torch.randn(x.shape, generator=generator(seed), dtype=x.dtype) for level, seed in ((tau, 1), (n, 2)))
+    reference, found = survey(prior(flat), z, torch.full(S, n, dtype=x.dtype)[None], y, tau, generator(3))
+    assert EDGES[stratum - 1] < v / (1 + v) < EDGES[stratum] and int(found.flatten().median()) == stratum
+    assert float((x - reference).square().mean()) == pytest.approx(1 / (1 / v + 1 / TAU**2 + 1 / n**2), rel=0.02)
 
 
 def test_relaxed_pairs_are_pairs() -> None:
@@ -181,20 +192,8 @@ def test_a_fit_by_strata_that_is_stopped_goes_on_to_the_same_bits(tmp_path: Path
     """Stopped again and again, between the passes over strata too: both passes are done anew from the same draws."""
     monkeypatch.setattr("emdiff.strata.estimate", lambda sums, tau: Strata(sums.square / sums.count, sums.square / sums.count / 2))
     images(tmp_path / "obs.npz")
-    how = [
-        "fit",
-        "--observations",
-        str(tmp_path / "obs.npz"),
-        "--iters",
-        "3",
-        "--start",
-        "self-supervised",
-        "--strata",
-        "true",
-        "--walk.batch",
-        "20",
-        *SMALL,
-    ]
+    how = ["fit", "--observations", str(tmp_path / "obs.npz"), "--iters", "3", "--start", "self-supervised", *SMALL]
+    how += ["--strata", "true", "--walk.batch", "20"]
     main([*how, "--out", str(tmp_path / "whole")])
     passes, plain = [], relaxed_by_strata
 
@@ -214,10 +213,12 @@ def test_a_fit_by_strata_that_is_stopped_goes_on_to_the_same_bits(tmp_path: Path
 def test_strata_are_refused_where_there_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     vectors("obs.npz")
     images(tmp_path / "images.npz", masked=False)
+    strips = Identity((4, 16), torch.tensor(0.2))
+    write_observations(tmp_path / "strips.npz", Observations(torch.randn(80, 4, 16, generator=generator(0)), strips))
     cases = (
         ("obs.npz", [], "images"),
         (tmp_path / "images.npz", ["--guidance", "cg"], "guidance fused"),
-        (tmp_path / "images.npz", ["--start", "mixture", "--shape", "[4,16]"], "mixture"),
+        (tmp_path / "strips.npz", [], "mixture"),  # which short images start from by themselves
         (tmp_path / "images.npz", ["--noise_std", "auto"], "known"),
         (tmp_path / "images.npz", ["--walk.tau-last", "1", "--walk.tau-relax", "1"], "tau-last"),
     )
