@@ -93,6 +93,16 @@ def test_a_prior_that_is_too_narrow_is_left_to_em() -> None:
     assert share < 0.02
 
 
+def test_data_whose_chains_were_kept_say_nothing() -> None:
+    """A tenth of the states far from their observations would hide what the others have too much of."""
+    data, believed = observed(variances(1e-12, 0.3)), prior(variances(0.03, 0.3))
+    draws = e_step(believed, data, None, Walk(levels=24), generator(4))
+    far = torch.arange(N) < N // 10
+    spoilt = draws._replace(y=torch.where(far[:, None, None], 9.0, draws.y), kept=far)
+    new, _ = relaxed_by_strata(believed, data, spoilt, generator(5), held, 1000)
+    assert variance_of(new._replace(y=new.y[~far]), LEFT) < 0.27 * 0.03
+
+
 @pytest.mark.parametrize("v, stratum", [(0.03, 6), (0.3, 12)])
 def test_a_stratum_is_what_the_prior_lets_x_vary_and_x_r_the_fused_jump(v: float, stratum: int) -> None:
     """Of x ~ N(0, v): E (x - xhat(y_r))^2 = v/(1 + v), without the level of y; and E (x - x_r)^2 = V[x | y_r, z], in closed form."""
