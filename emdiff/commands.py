@@ -21,7 +21,7 @@ from emdiff.features import feature_module
 from emdiff.figures import is_image, save_rows
 from emdiff.observations import open_data, open_truth
 from emdiff.plan import resolve_device
-from emdiff.posterior import check_shape, run_bound, run_walk, sample_posterior, settled
+from emdiff.posterior import check_levels, check_shape, run_bound, run_walk, sample_posterior, settled
 from emdiff.prior import check_any_level, load_prior
 from emdiff.reading import read_json, read_yaml
 from emdiff.report import write_report
@@ -56,6 +56,7 @@ def reconstruct_command(run: Path, data: Data, samples: int, out: Path, seed: in
     check_shape(prior, data, run)
     generator = stream(seed, "reconstruct", device=device)
     walk, bound, picture = run_walk(run, data, device), run_bound(run), out.with_suffix(".png")
+    check_levels(prior, data, walk.guidance, run)
     chi2, again = 0.0, 0
     with NewArchive(out) as new:
         shapes = {"samples": (len(data), samples, *data.shape), "mean": (len(data), *data.shape), "std": (len(data), *data.shape)}
@@ -94,6 +95,9 @@ def evaluate_command(
         feature_module(features, truth[:2].reshape(len(truth[:2]), -1, *data.shape[-2:]))
     best = check_any_level(load_prior(oracle, device), oracle) if oracle else None
     walk, bound = run_walk(run, data, device), run_bound(run)
+    for judged, path in ((prior, run), (best, oracle)):
+        if judged:
+            check_levels(judged, data, walk.guidance, path)
     data = settled(prior, data, walk, stream(seed, "evaluate", "counts", device=device), bound)
     task = Task(data, walk, samples, prior_samples, truth, features, seed, device, bound)
     history, iteration = round_metrics(run), round_of(latest_prior(run))

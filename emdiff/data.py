@@ -114,17 +114,19 @@ class Measured(NamedTuple):
     Attributes:
         complete: Whether every entry of every x was observed.
         uniform: Whether all levels are equal.
+        even: Whether those of one datum are.
         median: Their median, over at most 1024 evenly spaced data.
     """
 
     complete: bool
     uniform: bool
+    even: bool
     median: float
 
 
 def measured(data: Data) -> Measured | None:
     """Look through all observations as measurements of x; None where they are not."""
-    complete = uniform = True
+    complete = uniform = even = True
     first = None
     for _, part in batches(data):
         direct = part.observer.as_measurement(part.obs)
@@ -132,10 +134,11 @@ def measured(data: Data) -> Measured | None:
             return None
         first = direct[1].flatten()[0] if first is None else first
         complete, uniform = complete and bool(direct[1].isfinite().all()), uniform and bool((direct[1] == first).all())
-        if not complete and not uniform:
+        even = even and bool((direct[1].flatten(1) == direct[1].flatten(1)[:, :1]).all())
+        if not (complete or uniform or even):
             break
     some = data.rows(evenly(len(data), 1024))
-    return Measured(complete, uniform, float(some.observer.as_measurement(some.obs)[1].median()))
+    return Measured(complete, uniform, even, float(some.observer.as_measurement(some.obs)[1].median()))
 
 
 class Operators:

@@ -6,8 +6,10 @@ entry was measured:
     c = log(1 + 1/tau^2) / 2 >= 0,     0 where nothing was measured,     about -log(tau) where tau is small.
 
 c broadcasts against z: (B, 1, ..., 1) for one noise level per datum, (B, *S) for a level per entry. Both networks modulate their
-hidden features by functions of c (FiLM: Visual Reasoning with a General Conditioning Layer, Perez et al. 2018), pixel by pixel where
-c is a map, and neither uses normalisation layers, as in Table 1 of Multimeasurement Generative Models (Saremi & Srivastava 2022).
+hidden features by functions of c (FiLM: Visual Reasoning with a General Conditioning Layer, Perez et al. 2018), and neither uses
+normalisation layers, as in Table 1 of Multimeasurement Generative Models (Saremi & Srivastava 2022). A U-Net sees a map of levels at its
+input, and is modulated by the mean over the datum: modulation entry by entry costs half of its convolutions and teaches it nothing
+more (docs/speed.md).
 """
 
 from __future__ import annotations
@@ -33,7 +35,6 @@ def level_features(c: Tensor) -> Tensor:
 
 
 CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 LAYOUTS = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.contiguous_format}
 """Memory formats by dimension."""
 
@@ -51,7 +52,7 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
-        """h (B, width, *space), e (B or 1, embed, *space or ones) -> (B, width, *space)."""
+        """h (B, width, *space), e (B or 1, embed, *ones) -> (B, width, *space)."""
         a, b = self.film(e).chunk(2, dim=1)
         return h + self.conv2(F.silu(torch.addcmul(b, 1 + a, self.conv1(F.silu(h)))))
 
@@ -66,8 +67,8 @@ class UNet(nn.Module):
         blocks: Residual blocks at each resolution, on the way down and on the way up.
         embed: Width of the embedding of the noise coordinate.
         dims: Axes of space, 1 to 3.
-        maps: Show the network c entry by entry, next to z; needed where levels differ between entries, since the embedding averages c over
-            each block of pixels.
+        maps: Show the network c entry by entry, next to z; needed where levels differ between entries, since what modulates the blocks is the
+            mean over the datum.
 
     Raises:
         ValueError: if shape has not dims axes, or one more.
@@ -110,24 +111,23 @@ class UNet(nn.Module):
         """z (B, *S), c (B or 1, *S or ones) -> (B, *S)."""
         B, space = z.shape[0], self.shape[-self.dims :]
         pad = tuple(side for length in reversed(space) for side in (0, -length % self.patch))
-        h = _pad(z.reshape(B, -1, *space), pad, "constant")
+        h, levels = _pad(z.reshape(B, -1, *space), pad, "constant"), level_features(self._mean_level(c))
         if self.maps:
-            h = torch.cat([h, _pad(self._level_map(c, B), pad, "replicate")], dim=1)
+            h = torch.cat([h, _pad(levels.expand(B, -1, *space), pad, "replicate")], dim=1)
         h = self.stem(fold(h.contiguous(memory_format=LAYOUTS[self.dims]), self.patch))
-        e = self._embedding(c, pad)
-        skips, embeds = [], []
+        e = self.embed(levels.mean(tuple(range(2, levels.ndim)), keepdim=True))
+        skips = []
         for i, stage in enumerate(self.down):
             if i:
-                h, e = self.shrink[i - 1](h), _halve(e)
+                h = self.shrink[i - 1](h)
             for block in stage:
                 h = block(h, e)
             skips.append(h)
-            embeds.append(e)
         for i, stage in enumerate(self.up):
             skip = skips[-2 - i]
             h = skip + F.interpolate(self.grow[i](h), size=skip.shape[2:], mode="nearest")
             for block in stage:
-                h = block(h, embeds[-2 - i])
+                h = block(h, e)
         h = unfold(self.head(F.silu(h)), self.patch)
         return h[(..., *(slice(length) for length in space))].reshape(z.shape)
 
@@ -135,17 +135,6 @@ class UNet(nn.Module):
         """c with one channel and the axes of space: channels of one datum share the mean of their levels."""
         c = c.reshape(c.shape[0], -1, *c.shape[-self.dims :])
         return c if c.shape[1] == 1 else c.mean(1, keepdim=True)
-
-    def _level_map(self, c: Tensor, batch: int) -> Tensor:
-        """The features of c at every entry of space, shape (batch, 2, *space)."""
-        return level_features(self._mean_level(c)).expand(batch, -1, *self.shape[-self.dims :])
-
-    def _embedding(self, c: Tensor, pad: tuple[int, ...]) -> Tensor:
-        """Embed c at the resolution of the stem: one vector where c is constant over the datum, a map where it is not."""
-        c = self._mean_level(c)
-        if c.shape[2:].numel() != 1:
-            c = POOLS[self.dims](_pad(c.expand(-1, -1, *self.shape[-self.dims :]), pad, "replicate"), self.patch)
-        return self.embed(level_features(c))
 
 
 def _pad(h: Tensor, pad: tuple[int, ...], mode: str) -> Tensor:
@@ -169,11 +158,6 @@ def unfold(h: Tensor, patch: int) -> Tensor:
     if h.ndim == 3:
         return rearrange(h, "b (c p) l -> b c (l p)", p=patch)
     return rearrange(h, "b (c p q r) d h w -> b c (d p) (h q) (w r)", p=patch, q=patch, r=patch)
-
-
-def _halve(e: Tensor) -> Tensor:
-    """Average blocks of 2 per axis of a map of embeddings; a single vector is its own average."""
-    return e if e.shape[2:].numel() == 1 else POOLS[e.ndim - 2](e, 2, ceil_mode=True)
 
 
 class MLP(nn.Module):

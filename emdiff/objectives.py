@@ -9,7 +9,8 @@ With the M squared errors L^(m) = E |x - xhat^(m)(y)|^2 (eq. 12):
 For equal levels mdsm is M/sigma^4 times the mean. It equals the score-matching objective E |grad f + grad log p(y)|^2 (eq. 15) up to a constant for
 any levels.
 
-A pooled denoiser has one estimate for all m, and any level can be trained: `ManyLevels` draws them, `OneSet` is the paper's.
+A pooled denoiser has one estimate for all m, and any level can be trained: `ManyLevels` draws them, `OneSet` is the paper's. Where it shall meet
+observations of which entries are missing or noisier than others, it is shown such levels too: `patchy`.
 """
 
 from __future__ import annotations
@@ -101,21 +102,53 @@ class ManyLevels(CleanLoss):
     Args:
         data: Standardised data.
         tau_last, tau_first: Finest and coarsest level, in units of the data's std.
+        masks: Let entries of half of the data have levels of their own (patchy).
     """
 
-    def __init__(self, data: Batches, tau_last: float, tau_first: float) -> None:
+    def __init__(self, data: Batches, tau_last: float, tau_first: float, masks: bool = False) -> None:
         super().__init__(data)
-        self.tau_last, self.tau_first = tau_last, tau_first
+        self.tau_last, self.tau_first, self.masks = tau_last, tau_first, masks
 
     def __call__(self, denoiser: Denoiser, stored: Any, generator: torch.Generator) -> Tensor:
         """The mean of `denoiser.loss` over a batch of what is stored, shape ()."""
         x = self.data.batch(stored, generator)
         tau = self.levels(len(x), generator).reshape(-1, *[1] * (x.ndim - 1))
-        y = x + tau * torch.randn(x.shape, generator=generator, device=x.device)
-        return denoiser.loss(x, y[:, None], tau[:, None]).mean()
+        if self.masks:
+            tau = patchy(tau, self.levels(len(x), generator).reshape(tau.shape), tuple(x.shape[1:]), generator)
+        y = x + torch.where(tau.isinf(), 0.0, tau) * torch.randn(x.shape, generator=generator, device=x.device)
+        return denoiser.loss(x, torch.where(tau.isinf(), 0.0, y)[:, None], tau[:, None]).mean()
 
     def levels(self, count: int, generator: torch.Generator) -> Tensor:
         """Levels (count,), one from each of `count` equal shares of the log-normal's mass, shuffled."""
         like = {"generator": generator, "device": generator.device}
         share = ((torch.rand(count, **like) + torch.arange(count, device=generator.device)) / count)[torch.randperm(count, **like)]
         return (CENTRE + WIDTH * math.sqrt(2) * torch.erfinv(2 * share.clamp(1e-3, 1 - 1e-3) - 1)).exp().clamp(self.tau_last, self.tau_first)
+
+
+def patchy(tau: Tensor, other: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Levels of data of which an observation saw a part: half of the data keep theirs; of each other one a random share of the entries has the finer
+    of its two levels, the rest the coarser or, of every fourth, none.
+
+    Args:
+        tau, other: Levels (B, 1, ...).
+        shape: S. Where it has two axes or more, entries of half of the data are seen or missed in squares of 2, 4 or 8 along the last two, and all
+            that lie behind one another along the others together in half.
+        generator: On the levels' device.
+
+    Returns:
+        Levels (B, *S), infinite where nothing was measured.
+    """
+    B, like = len(tau), {"generator": generator, "device": tau.device}
+    draw = lambda: torch.rand(tau.shape, **like)  # noqa: E731
+    field = torch.rand(B, *shape, **like)
+    if len(shape) > 1:
+        side = 2 ** torch.randint(-2, 4, (B, 1, 1, 1), **like).clamp(min=0)
+        field = field.reshape(B, -1, *shape[-2:])
+        field = torch.where(torch.rand(B, 1, 1, 1, **like) < 0.5, field[:, :1], field)
+        for axis in (2, 3):
+            at = torch.arange(field.shape[axis], device=tau.device).reshape(-1, *[1] * (3 - axis)) // side
+            field = field.gather(axis, at.expand(field.shape))
+        field = field.reshape(B, *shape)
+    rest = torch.where(draw() < 0.25, math.inf, torch.maximum(tau, other))
+    levels = torch.where(field < draw(), torch.minimum(tau, other), rest)
+    return torch.where(draw() < 0.5, tau, levels)

@@ -10,14 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from emdiff.data import Data, Observations
+from emdiff.data import Data, Observations, measured
 from emdiff.em import Walk, choose_guidance, e_step
 from emdiff.errors import UsageError
 from emdiff.langevin import STEPS
 from emdiff.metrics import residual_chi2
 from emdiff.noise import depends_on_signal, with_counts
 from emdiff.pool import applies, restart
-from emdiff.prior import TAU_FIRST, Prior
+from emdiff.prior import TAU_FIRST, Prior, sees_entries
 from emdiff.reading import number, read_yaml
 from emdiff.runs import latest_prior, round_metrics, round_of
 
@@ -104,6 +104,19 @@ def check_shape(prior: Prior, data: Data, run: Path) -> None:
     """
     if data.shape != prior.shape:
         raise UsageError(f"the observations are of data of shape {data.shape}, the prior of {run} is for {prior.shape}; give --shape or another run")
+
+
+def check_levels(prior: Prior, data: Data, guidance: str, path: Path) -> None:
+    """Refuse fused guidance by observations of which entries are missing or noisier than others, under a network that does not see which.
+
+    Raises:
+        UsageError: with what to do.
+    """
+    if guidance == "fused" and not sees_entries(prior) and not measured(data).even:
+        raise UsageError(
+            f"{path}: this prior takes one noise level per datum, and of these observations entries are missing or noisier than others; give a prior "
+            "that was fitted to such observations, or trained on clean data with --model.masks true"
+        )
 
 
 def run_level(run: Path) -> float | None:

@@ -39,6 +39,9 @@ TAU_FIRST = 20.0
 LARGEST = 10_000
 """Most features, blocks and so on of a network that is read from a file; its square, entries of a datum or latent variables."""
 
+FORMAT = 2
+"""Of the files: in those before 2, which have no such number, maps of levels modulated a U-Net entry by entry."""
+
 MOST_OPTIONS = 5000
 """Most plain values in the arguments of a network that is read from a file: one per level, of which there can be 4096, and some."""
 
@@ -121,6 +124,7 @@ def save_prior(path: Path, prior: Prior) -> None:
     """Write a prior to a temporary name, then rename it."""
     about = {
         "emdiff": emdiff.__version__,
+        "format": FORMAT,
         "network": prior.network,
         "shape": list(prior.shape),
         "scale": list(prior.scale),
@@ -168,6 +172,8 @@ def _checked(about: dict[str, Any]) -> tuple[tuple[int, ...], dict[str, Any], Sc
     options = list(_options(network))
     if len(options) > MOST_OPTIONS or not all(_possible(*option) for option in options):
         raise ValueError(f"network {network}")
+    if network.get("maps") and int(about.get("format", 1)) < 2:
+        raise ValueError("its network is modulated by maps of levels, as this version's are not; train it again")
     if not (1 <= len(shape) <= 8 and all(type(n) is int and n > 0 for n in shape) and math.prod(shape) <= LARGEST**2):
         raise ValueError(f"shape {shape}")
     moments = [(scale.mean, scale.std), *scale.channels]
@@ -214,6 +220,12 @@ def check_any_level(prior: Prior, path: Path) -> Prior:
             "for posteriors train one without --model.sigma"
         )
     return prior
+
+
+def sees_entries(prior: Prior) -> bool:
+    """Whether its network sees a level at each entry. A U-Net without maps sees their mean over the datum."""
+    net = prior.network.get("net", prior.network)
+    return net["kind"] != "unet" or bool(net.get("maps"))
 
 
 @torch.inference_mode()

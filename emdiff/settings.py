@@ -84,6 +84,8 @@ class ModelSettings:
         latent: Latent variables of muvb.
         metaencoder: Add the metaencoder h to mem or muvb.
         spectral_norm: Normalise the weights of all layers spectrally.
+        masks: Also train levels that differ between the entries of a datum, where sigma is unset: what a prior has to know to be the start or the
+            oracle of a fit to observations with entries missing or noisier than others. Half of the data are shown so.
     """
 
     parametrisation: Literal["mdae", "mem", "muvb"] = "mdae"
@@ -98,6 +100,7 @@ class ModelSettings:
     latent: int = 64
     metaencoder: bool = False
     spectral_norm: bool = False
+    masks: bool = False
 
 
 @dataclass

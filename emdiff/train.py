@@ -53,6 +53,7 @@ class TrainPlan(NamedTuple):
         pictures: Prior samples drawn per round.
         seed: Seed of everything random.
         device: "cpu" or "cuda".
+        masks: Train levels that differ between entries, too.
     """
 
     network: dict[str, Any]
@@ -66,6 +67,7 @@ class TrainPlan(NamedTuple):
     pictures: int = 64
     seed: int = 0
     device: str = "cpu"
+    masks: bool = False
 
 
 class Standardised:
@@ -148,7 +150,7 @@ def train_round(k: int, data: Standardised, plan: TrainPlan, run: Run, listener:
     denoiser = set_precision(build_network(tuple(shape), **plan.network), plan.device)
     memory = load_memory(run.round_path(k - 1) / "memory.safetensors", denoiser.state_dict())
     levels = fixed_levels(denoiser)
-    loss = ManyLevels(data, plan.tau_last, TAU_FIRST) if levels is None else OneSet(data, levels, plan.objective)
+    loss = ManyLevels(data, plan.tau_last, TAU_FIRST, plan.masks) if levels is None else OneSet(data, levels, plan.objective)
     steps = plan.steps * k // plan.rounds - memory.step
     bar = listener.phase(f"round {k} of {plan.rounds}", steps)
     clock = time.perf_counter()

@@ -38,12 +38,14 @@ def make_train_plan(config: Config, data: Dataset, scale: Scale, device: str) ->
         )
     if config["flips"] and not is_image_shape(data.shape):
         raise UsageError(f"--flips true: data of shape {data.shape} are no images; leave it out")
+    if model["masks"] and levels is not None:
+        raise UsageError("--model.masks true is for a prior of all levels; leave out --model.sigma, or the masks")
     network = choose_model(model, data.shape, levels)
     tau_last = model["tau_last"] if levels is None else tau_of(levels)
     optimiser = Optimiser(fit["optimizer"], fit["rate"], fit["momentum"], fit["anneal"], fit["clip"])
     return TrainPlan(
         network, tau_last, fit["objective"], optimiser, min(fit["batch"], len(data)), fit["steps"], min(fit["rounds"], fit["steps"]), config["flips"],
-        config["pictures"], config["seed"], device,
+        config["pictures"], config["seed"], device, model["masks"],
     )  # fmt: skip
 
 
@@ -91,7 +93,7 @@ def choose_model(model: Config, shape: tuple[int, ...], levels: list[float] | No
             "widths": model["widths"] or default.get("widths", [32, 64]),
             "patch": model["patch"] or default.get("patch", 1),
             "blocks": model["blocks"],
-        }
+        } | ({"maps": True} if model["masks"] else {})
     else:
         net |= {"widths": wide}
     if kind == "muvb":
@@ -145,7 +147,8 @@ def print_train_plan(data: Dataset, scale: Scale, plan: TrainPlan, out: Path, fi
     kind = plan.network["kind"] if "net" in plan.network else "mdae"
     print(f"data          {len(data)} of shape {data.shape} from {data.name}, mean {scale.mean:.4g}, std {scale.std:.4g}")
     if levels is None:
-        print(f"model         {kind} on {net}, pooled: any number of measurements, all levels from {plan.tau_last * scale.std:.3g} up (data's units)")
+        print(f"model         {kind} on {net}, pooled: any number of measurements, all levels from {plan.tau_last * scale.std:.3g} up (data's units)"
+              + (", entry by entry in half of the data" if plan.masks else ""))  # fmt: skip
     else:
         units = ", ".join(f"{s * scale.std:.4g}" for s in levels[:8]) + (", ..." if len(levels) > 8 else "")
         print(f"model         {kind} on {net}, M = {len(levels)} measurements of levels {units}; together {plan.tau_last * scale.std:.4g}")

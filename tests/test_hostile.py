@@ -175,6 +175,20 @@ def test_priors_that_lie_are_refused(lie, tmp_path):
         load_prior(path)
 
 
+@pytest.mark.parametrize("maps", [False, True])
+def test_a_prior_whose_maps_meant_something_else_is_refused(maps, tmp_path):
+    """Before format 2, a U-Net with maps was modulated by them; one without computes what it always did."""
+    path, network = tmp_path / "p.safetensors", {"kind": "unet", "widths": [4], "patch": 1, "maps": maps}
+    save_prior(path, Prior(build_network((8, 8), **network), Scale(0.0, 1.0), (8, 8), 0.1, network))
+    load_prior(path)
+    save_file(load_file(path), path, {"emdiff": json.dumps({"network": network, "shape": [8, 8], "scale": [0.0, 1.0], "tau_last": 0.1})})
+    if maps:
+        with pytest.raises(UsageError, match="train it again"):
+            load_prior(path)
+    else:
+        load_prior(path)
+
+
 def test_a_prior_of_infinite_weights_is_refused(tmp_path):
     net = build_network((3,), **NETWORK)
     next(net.parameters()).data[0] = torch.nan

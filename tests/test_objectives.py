@@ -1,12 +1,16 @@
 """Objectives against their definitions and against score matching; training in parts; spectral normalisation under a moving average."""
 
+import math
+
 import pytest
 import torch
 
 from emdiff.denoise import Denoiser, GaussianDenoiser
+from emdiff.mdae import MDAE
 from emdiff.measurement import align, measure, pool
 from emdiff.models import build_model
-from emdiff.objectives import OBJECTIVES, ManyLevels, OneSet, errors
+from emdiff.nn import MLP
+from emdiff.objectives import OBJECTIVES, ManyLevels, OneSet, errors, patchy
 from emdiff.training import Optimiser, train
 
 SIGMA = torch.tensor([0.7, 1.3, 0.4], dtype=torch.float64)
@@ -176,3 +180,56 @@ def test_pooled_parametrisations_learn_every_level_in_few_steps(kind):
         best = exact.xhat(y, sigma.double())
         excess = float((trained.xhat(y.float(), sigma) - best).square().sum(1).mean() / (best - truth).square().sum(1).mean())
         assert excess < 0.1, (tau, excess)
+
+
+def test_patchy_levels_are_two_of_a_datum_and_none():
+    """Half keep theirs; else the finer of two is seen in a uniform share of the entries, and every fourth of the rest sees nothing."""
+    n, shape = 20_000, (2, 8, 16)
+    tau, other = torch.full((n, 1, 1, 1), 0.5), torch.full((n, 1, 1, 1), 0.2)
+    levels = patchy(tau, other, shape, torch.Generator().manual_seed(0))
+    assert levels.shape == (n, *shape) and set(levels.unique().tolist()) == {torch.tensor(0.2).item(), 0.5, math.inf}
+    seen = (levels == 0.2).float()
+    share = seen.flatten(1).mean(1)
+    cells = [2 * 128 // side**2 for side in (1, 1, 1, 2, 4, 8)]  # seen or missed one by one, or half as many where both planes go together
+    none = sum(1 / (k + 1) + 1 / (k // 2 + 1) for k in cells) / 12  # the mean of (1 - u)^k over a uniform u
+    assert (share > 0).float().mean() == pytest.approx((1 - none) / 2, abs=0.01)
+    assert (share == 1).float().mean() == pytest.approx(none / 2, abs=0.005)
+    blind = levels.isinf().flatten(1).any(1)
+    assert blind.float().mean() == pytest.approx((1 - none) / 8, abs=0.01)
+    assert (levels[blind] != 0.5).all()
+    assert share.mean() == pytest.approx(0.25, abs=0.01)
+    middle = seen[(share > 0.3) & (share < 0.7)]
+    together = (middle[:, 0] == middle[:, 1]).flatten(1).all(1).float().mean()
+    assert together == pytest.approx(0.5, abs=0.03)
+    squares = middle[:, 0].reshape(-1, 4, 2, 8, 2).transpose(2, 3).flatten(3)
+    assert (squares.amax(3) == squares.amin(3)).flatten(1).all(1).float().mean() == pytest.approx(0.5, abs=0.06)
+
+
+def test_patchy_levels_of_vectors_fall_on_single_entries_and_keep_to_their_range():
+    generator = torch.Generator().manual_seed(0)
+    tau = 0.1 + torch.rand(5000, 1, generator=generator)
+    other = 0.1 + torch.rand(5000, 1, generator=generator)
+    levels = patchy(tau, other, (7,), generator)
+    known = torch.where(levels.isinf(), tau, levels)
+    assert ((known == tau) | (known == other)).all()
+    partly = (levels != levels[:, :1]).any(1)
+    assert ((levels == torch.minimum(tau, other)).any(1) | ~partly).all()
+    assert 0.3 < partly.float().mean() < 0.5  # of half of the data, those whose share of 7 entries is neither none nor all
+
+
+def test_a_prior_trained_with_masks_knows_what_one_trained_without_does_not():
+    """x = (v, v, -v): one entry seen, with noise .2, tells the others; the least risk of E[x | y] is known in closed form."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20_000, 1, generator=generator) * torch.tensor([1.0, 1.0, -1.0])
+    sigma = torch.tensor([[[0.2, math.inf, math.inf]]])
+    y = x[:2000, None] + torch.tensor([0.2, 0.0, 0.0]) * torch.randn(2000, 1, 3, generator=generator)
+    y[..., 1:] = 0.0
+    risk = {}
+    for masks in (False, True):
+        torch.manual_seed(0)
+        loss = ManyLevels(Data(x), 0.05, 20.0, masks)
+        trained = train(MDAE(MLP((3,), 64, 2)), loss, len(x), 600, 128, 3e-3).denoiser
+        with torch.no_grad():
+            risk[masks] = float((trained.xhat(y, sigma) - x[:2000]).square().mean())
+    best = 1 / (1 + 1 / 0.04)
+    assert best - 0.003 < risk[True] < 2 * best < 4 * best < risk[False]

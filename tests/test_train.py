@@ -74,6 +74,32 @@ def test_fit_starts_from_the_prior_it_was_given():
     assert load_prior(Path("f/round_001/prior.safetensors")).scale == load_prior(Path("t/prior.safetensors")).scale
 
 
+def test_masks_want_a_prior_that_sees_them(capsys):
+    """A U-Net that was shown one level per datum is refused as run, oracle and start where entries are missing; one trained with masks serves as each."""
+    x = np.random.default_rng(1).standard_normal((40, 8, 8)).astype("float32")
+    np.savez("images.npz", x=x)
+    main(["observe", "--data", "images.npz", "--observer", "mask", "--observer.keep", "0.5", "--noise-std", "0.2", "--out", "masked.npz"])
+    main(["observe", "--data", "images.npz", "--observer", "identity", "--noise-std", "0.2", "--out", "noisy.npz"])
+    model = ["--model.widths", "[8, 8]", "--walk.levels", "4"]
+    main(["train", "--data", "images.npz", "--out", "plain", *SMALL, *model])
+    main(["train", "--data", "images.npz", "--out", "masks", *SMALL, *model, "--model.masks", "true"])
+    assert "entry by entry in half of the data" in capsys.readouterr().out
+    few = ["--samples", "4", "--count", "10", "--prior-samples", "4", "--device", "cpu"]
+    fit = ["--iters", "1", "--train.steps", "2", "--walk.levels", "4", "--wandb", "off", "--device", "cpu"]
+    for command in (
+        ["reconstruct", "--run", "plain", "--observations", "masked.npz"],
+        ["evaluate", "--run", "plain", "--observations", "masked.npz", *few],
+        ["evaluate", "--run", "masks", "--observations", "masked.npz", "--oracle", "plain/prior.safetensors", *few],
+        ["fit", "--observations", "masked.npz", "--init-prior", "plain/prior.safetensors", *fit],
+    ):
+        assert "plain" in (line := refused(capsys, *command)) and "--model.masks true" in line
+    main(["reconstruct", "--run", "plain", "--observations", "noisy.npz", "--samples", "2", "--device", "cpu"])
+    main(["fit", "--observations", "masked.npz", "--init-prior", "masks/prior.safetensors", "--out", "f", *fit])
+    assert load_prior(Path("f/round_001/prior.safetensors")).network["maps"]
+    main(["evaluate", "--run", "f", "--observations", "masked.npz", "--oracle", "masks/prior.safetensors", *few])
+    assert "--model.sigma" in refused(capsys, "train", "--data", "images.npz", "--model.masks", "true", "--model.sigma", "[1.0]")
+
+
 @pytest.mark.parametrize("kind", ["mem", "muvb"])
 def test_an_energy_is_a_prior_for_fit_with_second_derivatives(kind):
     """Through projections, guided by conjugate gradients on products with V, and trained on in the M-step; finite to the end."""
