@@ -69,7 +69,7 @@ def fit(
     start: Literal["auto", "mixture", "gaussian", "self-supervised"] = "auto",
     guidance: Literal["auto", "fused", "cg", "gmres"] = "auto",
     relax: Optional[int] = None,
-    strata: bool = False,
+    strata: Optional[bool] = None,
     init_prior: Optional[str] = None,
     stop: Literal["never", "auto"] = "never",
     observer: Optional[str] = None,
@@ -98,7 +98,7 @@ def fit(
             than the data, as estimated from the observations, or lie closer to the observations than the noise explains. 0: exact iterations
             only. Unset: no limit where one of these can be told, else 0.
         strata: In exact iterations, take out of the samples of images the variance that the observations object to, stratum by stratum of how much
-            the prior lets an entry vary: less grain in dark pixels (docs/method.md). For fused guidance and known noise.
+            the prior lets an entry vary: less grain in dark pixels (docs/method.md). Unset: of images, under fused guidance and known noise.
         init_prior: A prior.safetensors to start from, such as one of `emdiff train`, in place of `start`; its scale of the data is taken too.
         stop: auto ends the fit when the figures that need no truth (chi2, and the agreement of re-observed prior samples with the observations)
             have not improved for three iterations; either way the run's prior for later commands is that of the best iteration with auto, of

@@ -83,8 +83,10 @@ def make_plan(config: Config, data: Data, scale: Scale, device: str) -> tuple[Pl
         chosen = chosen._replace(tau_relax=walk["tau_relax"] if relative > 2 * walk["tau_relax"] else tau_last)
     if relax and chosen.tau_relax > tau_last and not tau_first > chosen.tau_relax:
         raise UsageError(f"--walk.tau-relax {chosen.tau_relax:g} is not below --walk.tau-first {tau_first:g}; lower it, or give --relax 0")
-    if config["strata"]:
-        check_strata(config, data, start.kind, guidance, tau_last)
+    lack = lack_of_strata(config, data, start.kind, guidance, tau_last)
+    if config["strata"] and lack:
+        raise UsageError(f"--strata true: needs {lack}; leave it out")
+    strata = lack is None if config["strata"] is None else config["strata"]
     maps = guidance == "fused" and level_maps(data) is not None
     network = choose_network(data.shape, maps)
     if config.get("init_prior"):
@@ -98,29 +100,23 @@ def make_plan(config: Config, data: Data, scale: Scale, device: str) -> tuple[Pl
     steps = train["steps"] or default_steps(refresh // 2 or len(data), device, network["kind"], batch)
     start_steps = train["start_steps"] or max(SHOWN // batch, GPU_START if (device, network["kind"]) == ("cuda", "unet") else 1)
     plan = Plan(
-        config["iters"], start, chosen, network, start_steps, steps, batch, train["rate"], refresh, relax, config["strata"],
+        config["iters"], start, chosen, network, start_steps, steps, batch, train["rate"], refresh, relax, strata,
         maps=maps, seed=config["seed"], device=device, stop=config["stop"] == "auto",
         level=noise_range(data)[0] if config["noise_std"] == "auto" else None, compile=config["compile"], init_prior=config.get("init_prior"),
     )  # fmt: skip
     return plan, {"start": start.reason, "guidance": reason}
 
 
-def check_strata(config: Config, data: Data, start: str, guidance: str, tau_last: float) -> None:
-    """Refuse strata where there are none.
-
-    Raises:
-        UsageError: naming what they lack.
-    """
-    lacks = {
+def lack_of_strata(config: Config, data: Data, start: str, guidance: str, tau_last: float) -> str | None:
+    """What a fit by strata needs and this one has not; None where nothing lacks."""
+    there = {
         f"guidance fused, and this is {guidance}": guidance == "fused",
         f"images, and x has shape {data.shape}": is_image_shape(data.shape),
         f"a start without a mixture, and this is {start}": start != "mixture",
         "a noise level that is known": config["noise_std"] != "auto" and not depends_on_signal(data),
         f"--walk.tau-last below {TAU:g}, and it is {tau_last:g}": tau_last < TAU,
     }
-    for lack, there in lacks.items():
-        if not there:
-            raise UsageError(f"--strata true: needs {lack}; leave it out")
+    return next((what for what, found in there.items() if not found), None)
 
 
 def read_init_prior(path: Path, data: Data, tau_last: float = math.inf) -> Prior:
@@ -248,7 +244,7 @@ def resolved_config(config: Config, plan: Plan) -> Config:
     walk = {k: v for k, v in plan.walk._asdict().items() if k != "guidance"}
     walk["tau_first"] = None if math.isinf(plan.walk.tau_first) else plan.walk.tau_first
     train = {"steps": plan.steps, "start_steps": plan.start_steps, "batch": plan.batch, "rate": plan.rate, "refresh": plan.refresh}
-    chosen = {"start": plan.start.kind, "guidance": plan.walk.guidance, "relax": plan.relax, "device": plan.device}
+    chosen = {"start": plan.start.kind, "guidance": plan.walk.guidance, "relax": plan.relax, "strata": plan.strata, "device": plan.device}
     if plan.init_prior is not None:
         chosen["start"] = config["start"]
     return {**config, **chosen, "walk": walk, "train": train}

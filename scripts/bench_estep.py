@@ -63,10 +63,13 @@ STEP_LEVEL = 0.5
 OTHER_STARTS = ((24, 3, TAU_FIRST), (12, 1, 10.0), (16, 1, 10.0), (18, 1, 100.0), (24, 1, 100.0))
 """More budgets of cg: levels, iterations, first level; ddpm had its pick of first levels too."""
 
-UNCORRECTED = {"fused": (4, 6, 8, 12, 16), "cg": (8, 10, 12, 16, 20, 24)}
-"""Levels of budgets without correction, as ddpm has none; those of cg have one iteration, and levels from TAU_FIRST to UNCORRECTED_LAST."""
+UNCORRECTED_FUSED = (4, 6, 8, 12, 16)
+"""Levels of budgets without correction, as ddpm has none."""
 
-UNCORRECTED_LAST = 0.2
+UNCORRECTED_CG = (
+    *((n, TAU_FIRST, 0.2) for n in (8, 10, 12, 16, 20, 24)), *((n, 50.0, 0.2) for n in (20, 24)), (22, 50.0, 0.15), (20, 100.0, 0.15)
+)  # fmt: skip
+"""Levels, first and last of those with cg, of one iteration each; the last four are the best of 22 on other digits behind masks (docs/speed.md)."""
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -115,12 +118,12 @@ def budgets(quick: bool) -> dict[str, dict[str, Sampler]]:
     """Our walks, by kind of guidance and name."""
     fused = (4, 8) if quick else (4, 6, 8, 12, 16, 24, 32)
     cg = ((4, 1, TAU_FIRST),) if quick else tuple((n, 1, TAU_FIRST) for n in (8, 12, 16, 24)) + OTHER_STARTS
-    few = {"fused": (), "cg": ()} if quick else UNCORRECTED
+    few, fewer = ((), ()) if quick else (UNCORRECTED_FUSED, UNCORRECTED_CG)
     return {
         "fused": {f"fused, {n} levels": ours("fused", n) for n in fused}
-        | {f"fused, {n} levels, uncorrected": ours("fused", n, corrected=False) for n in few["fused"]},
+        | {f"fused, {n} levels, uncorrected": ours("fused", n, corrected=False) for n in few},
         "cg": {f"cg, {n} levels from {first:g}, at most {k} iterations": ours("cg", n, k, first) for n, k, first in cg}
-        | {f"cg, {n} levels, uncorrected": ours("cg", n, 1, TAU_FIRST, UNCORRECTED_LAST, False) for n in few["cg"]},
+        | {f"cg, {n} levels from {first:g} to {last:g}, uncorrected": ours("cg", n, 1, first, last, False) for n, first, last in fewer},
     }
 
 

@@ -20,6 +20,7 @@ from emdiff.denoise import GaussianDenoiser
 from emdiff.em import Draws, Walk, e_step
 from emdiff.interrupt import Stopped
 from emdiff.observations import write_observations
+from emdiff.reading import read_yaml
 from emdiff.strata import COUNT, EDGES, TAU, Strata, Sums, estimate, local_mean, relaxed_by_strata, shrinkage, survey, tally
 from observers import Identity, Mask
 
@@ -189,7 +190,7 @@ def test_a_fit_by_strata_trains_on_what_they_leave_and_says_how_much(tmp_path: P
     monkeypatch.setattr("emdiff.strata.estimate", lambda sums, tau: Strata(sums.square / sums.count, sums.square / sums.count / 2))
     images(tmp_path / "obs.npz")
     how = ["--observations", str(tmp_path / "obs.npz"), "--iters", "3", "--start", "self-supervised", *SMALL, *turns]
-    for name, more in (("plain", []), ("strata", ["--strata", "true"])):
+    for name, more in (("plain", ["--strata", "false"]), ("strata", [])):
         main(["fit", *how, "--out", str(tmp_path / name), *more])
     rounds = {name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("plain", "strata")}
     assert all("shrunk" not in row for row in rounds["plain"] + rounds["strata"][:2])
@@ -206,7 +207,7 @@ def test_a_fit_by_strata_that_is_stopped_goes_on_to_the_same_bits(tmp_path: Path
     monkeypatch.setattr("emdiff.strata.estimate", lambda sums, tau: Strata(sums.square / sums.count, sums.square / sums.count / 2))
     images(tmp_path / "obs.npz")
     how = ["fit", "--observations", str(tmp_path / "obs.npz"), "--iters", "3", "--start", "self-supervised", *SMALL]
-    how += ["--strata", "true", "--walk.batch", "20"]
+    how += ["--walk.batch", "20"]
     main([*how, "--out", str(tmp_path / "whole")])
     passes, plain = [], relaxed_by_strata
 
@@ -238,3 +239,5 @@ def test_strata_are_refused_where_there_are_none(tmp_path: Path, capsys: pytest.
     for path, more, word in cases:
         message = refused(capsys, "fit", "--observations", str(path), "--out", "run", "--strata", "true", *SMALL, *more)
         assert "--strata true" in message and word in message and not Path("run").exists()
+    main(["fit", "--observations", "obs.npz", "--out", "run", *SMALL])
+    assert read_yaml(Path("run/config.yaml"))["strata"] is False
