@@ -7,9 +7,13 @@ entry was measured:
 
 c broadcasts against z: (B, 1, ..., 1) for one noise level per datum, (B, *S) for a level per entry. Both networks modulate their
 hidden features by functions of c (FiLM: Visual Reasoning with a General Conditioning Layer, Perez et al. 2018), and neither uses
-normalisation layers, as in Table 1 of Multimeasurement Generative Models (Saremi & Srivastava 2022). A U-Net sees a map of levels at its
-input, and is modulated by the mean over the datum: modulation entry by entry costs half of its convolutions and teaches it nothing
-more (docs/speed.md).
+normalisation layers, as in Table 1 of Multimeasurement Generative Models (Saremi & Srivastava 2022).
+
+A U-Net ends with two outputs per entry, F = f + g z. The gain g is what its Jacobian, hence V[x | y], is made of: where an entry does not
+vary, g can undo at once what the estimator around the network passes of y. It sees a map of levels at its input, its blocks are modulated
+by the mean over the datum, and f and g are affine in the two features of the entry's own level, so that entries measured well and badly
+side by side have gains of their own; convolutions alone, which would have to multiply z by what they know of c, were seen to mix these up
+(docs/method.md, Levels per entry).
 """
 
 from __future__ import annotations
@@ -58,7 +62,7 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """A small U-Net on series, images or volumes of any size and number of channels, with blocks of entries folded into channels.
+    """A small U-Net on series, images or volumes of any size and number of channels, with blocks of entries folded into channels; F = f + g z.
 
     Args:
         shape: Shape S of a datum: (H, W) or (C, H, W), and with dims 1 (L,) or (C, L), with dims 3 (D, H, W) or (C, D, H, W).
@@ -67,8 +71,8 @@ class UNet(nn.Module):
         blocks: Residual blocks at each resolution, on the way down and on the way up.
         embed: Width of the embedding of the noise coordinate.
         dims: Axes of space, 1 to 3.
-        maps: Show the network c entry by entry, next to z; needed where levels differ between entries, since what modulates the blocks is the
-            mean over the datum.
+        maps: Show the network c entry by entry, next to z, and let it enter f and g; needed where levels differ between entries, since what
+            modulates the blocks is the mean over the datum.
 
     Raises:
         ValueError: if shape has not dims axes, or one more.
@@ -102,7 +106,7 @@ class UNet(nn.Module):
         self.shrink = nn.ModuleList(conv(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:]))
         self.up = nn.ModuleList(stage(w) for w in widths[-2::-1])
         self.grow = nn.ModuleList(conv(b, a, 1) for a, b in zip(widths[-2::-1], widths[:0:-1]))
-        self.head = conv(widths[0], folded, 3, padding=1)
+        self.head = conv(widths[0], 2 * (1 + 2 * maps) * folded, 3, padding=1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.to(memory_format=LAYOUTS[dims])
@@ -128,8 +132,12 @@ class UNet(nn.Module):
             h = skip + F.interpolate(self.grow[i](h), size=skip.shape[2:], mode="nearest")
             for block in stage:
                 h = block(h, e)
-        h = unfold(self.head(F.silu(h)), self.patch)
-        return h[(..., *(slice(length) for length in space))].reshape(z.shape)
+        h = unfold(self.head(F.silu(h)), self.patch)[(..., *(slice(length) for length in space))]
+        parts = h.to(z.dtype).unflatten(1, (2, 1 + 2 * self.maps, -1))
+        both = parts[:, :, 0]
+        for k in range(2 * self.maps):
+            both = torch.addcmul(both, parts[:, :, 1 + k], levels[:, None, k : k + 1])
+        return torch.addcmul(both[:, 0], both[:, 1], z.reshape(B, -1, *space)).reshape(z.shape)
 
     def _mean_level(self, c: Tensor) -> Tensor:
         """c with one channel and the axes of space: channels of one datum share the mean of their levels."""
