@@ -15,6 +15,7 @@ from bench_fit import Row, minutes, reached  # noqa: E402
 from bench_trust import scores  # noqa: E402
 from exact import covariance  # noqa: E402
 from peer_ddpm import ddpm_sample  # noqa: E402
+from sureness import error_and_variance  # noqa: E402
 
 from emdiff.denoise import GaussianDenoiser  # noqa: E402
 from emdiff.first_samples import deviations  # noqa: E402
@@ -66,3 +67,19 @@ def test_the_ablation_measures_deviations_on_all_that_its_start_is_not_shown(cou
     assert torch.equal(torch.cat([part.obs for part in parts])[:, 0], torch.arange(float(count))[-(count // 10) :])
     with pytest.raises(ValueError, match="did not see"):
         deviations(GaussianDenoiser.from_covariance(torch.zeros(1), torch.ones(1, 1)), [])
+
+
+def test_error_and_variance_agree_for_an_exact_denoiser_and_show_what_another_passes() -> None:
+    """Entry by entry those of a Gaussian's posterior, under unequal levels; a prior too wide by 2 claims the variance of its own."""
+    g, S = torch.Generator().manual_seed(0), covariance(3, 2)
+    x = torch.randn(200_000, 3, generator=g, dtype=torch.float64) @ torch.linalg.cholesky(S).T
+    level = torch.tensor([0.3, 1.0, 4.0], dtype=torch.float64)
+    V = torch.linalg.inv(torch.linalg.inv(S) + torch.diag(level**-2)).diagonal()
+    prior = GaussianDenoiser.from_covariance(torch.zeros(3, dtype=torch.float64), S)
+    for found in error_and_variance(prior, x, level.expand(len(x), 3), g):
+        torch.testing.assert_close(found.mean(0), V, rtol=0.03, atol=0)
+    wide = GaussianDenoiser.from_covariance(torch.zeros(3, dtype=torch.float64), 4 * S)
+    claimed = torch.linalg.inv(torch.linalg.inv(4 * S) + torch.diag(level**-2)).diagonal()
+    error, passed = error_and_variance(wide, x, level.expand(len(x), 3), g)
+    torch.testing.assert_close(passed.mean(0), claimed, rtol=0.03, atol=0)
+    assert (error.mean(0) < claimed).all()
