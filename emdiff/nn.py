@@ -9,11 +9,10 @@ c broadcasts against z: (B, 1, ..., 1) for one noise level per datum, (B, *S) fo
 hidden features by functions of c (FiLM: Visual Reasoning with a General Conditioning Layer, Perez et al. 2018), and neither uses
 normalisation layers, as in Table 1 of Multimeasurement Generative Models (Saremi & Srivastava 2022).
 
-A U-Net ends with two outputs per entry, F = f + g z. The gain g is what its Jacobian, hence V[x | y], is made of: where an entry does not
-vary, g can undo at once what the estimator around the network passes of y. It sees a map of levels at its input, its blocks are modulated
-by the mean over the datum, and f and g are affine in the two features of the entry's own level, so that entries measured well and badly
-side by side have gains of their own; convolutions alone, which would have to multiply z by what they know of c, were seen to mix these up
-(docs/method.md, Levels per entry).
+A U-Net sees a map of levels at its input, and its blocks are modulated by the mean over the datum. With `gain` it ends with two outputs per
+entry, F = f + g z: where an entry does not vary, g undoes at once what the estimator around the network passes of y. Where it sees maps, f
+and g are affine in the two features of the entry's own level, so that entries measured well and badly side by side have gains of their
+own; convolutions alone, which would have to multiply z by what they know of c, were seen to mix these up (docs/method.md, Levels per entry).
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """A small U-Net on series, images or volumes of any size and number of channels, with blocks of entries folded into channels; F = f + g z.
+    """A small U-Net on series, images or volumes of any size and number of channels, with blocks of entries folded into channels.
 
     Args:
         shape: Shape S of a datum: (H, W) or (C, H, W), and with dims 1 (L,) or (C, L), with dims 3 (D, H, W) or (C, D, H, W).
@@ -71,8 +70,9 @@ class UNet(nn.Module):
         blocks: Residual blocks at each resolution, on the way down and on the way up.
         embed: Width of the embedding of the noise coordinate.
         dims: Axes of space, 1 to 3.
-        maps: Show the network c entry by entry, next to z, and let it enter f and g; needed where levels differ between entries, since what
-            modulates the blocks is the mean over the datum.
+        maps: Show the network c entry by entry, next to z; needed where levels differ between entries, since what modulates the blocks is the
+            mean over the datum.
+        gain: F = f + g z. Not for the outputs of several measurements, which would differ by the one each multiplies.
 
     Raises:
         ValueError: if shape has not dims axes, or one more.
@@ -91,11 +91,12 @@ class UNet(nn.Module):
         embed: int = 16,
         maps: bool = False,
         dims: int = 2,
+        gain: bool = False,
     ) -> None:
         super().__init__()
         if len(shape) not in (dims, dims + 1):
             raise ValueError(f"a U-Net of {dims} dimensions takes data with {dims} or {dims + 1} axes, not {tuple(shape)}; use the MLP")
-        self.shape, self.patch, self.maps, self.dims = tuple(shape), patch, maps, dims
+        self.shape, self.patch, self.maps, self.dims, self.gain = tuple(shape), patch, maps, dims, gain
         conv = CONVOLUTIONS[dims]
         channels = 1 if len(shape) == dims else shape[0]
         folded = channels * patch**dims
@@ -106,7 +107,7 @@ class UNet(nn.Module):
         self.shrink = nn.ModuleList(conv(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:]))
         self.up = nn.ModuleList(stage(w) for w in widths[-2::-1])
         self.grow = nn.ModuleList(conv(b, a, 1) for a, b in zip(widths[-2::-1], widths[:0:-1]))
-        self.head = conv(widths[0], 2 * (1 + 2 * maps) * folded, 3, padding=1)
+        self.head = conv(widths[0], 2 * (1 + 2 * maps) * folded if gain else folded, 3, padding=1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.to(memory_format=LAYOUTS[dims])
@@ -133,6 +134,8 @@ class UNet(nn.Module):
             for block in stage:
                 h = block(h, e)
         h = unfold(self.head(F.silu(h)), self.patch)[(..., *(slice(length) for length in space))]
+        if not self.gain:
+            return h.reshape(z.shape)
         parts = h.to(z.dtype).unflatten(1, (2, 1 + 2 * self.maps, -1))
         both = parts[:, :, 0]
         for k in range(2 * self.maps):

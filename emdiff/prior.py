@@ -40,7 +40,7 @@ LARGEST = 10_000
 """Most features, blocks and so on of a network that is read from a file; its square, entries of a datum or latent variables."""
 
 FORMAT = 2
-"""Of the files: in those before 2, which have no such number, a U-Net had other outputs."""
+"""Of the files: in those before 2, which have no such number, maps of levels modulated a U-Net entry by entry."""
 
 MOST_OPTIONS = 5000
 """Most plain values in the arguments of a network that is read from a file: one per level, of which there can be 4096, and some."""
@@ -81,7 +81,7 @@ def choose_network(shape: tuple[int, ...], maps: bool = False) -> dict[str, Any]
     if side < 8 or (len(shape) > 2 and shape[0] > 16):
         return {"kind": "mlp", "width": 128, "blocks": 3}
     widths = ([16, 32, 64] if dims == 3 else [32, 64, 128]) + [128] * (side >= 64)
-    return {"kind": "unet", "widths": widths, "patch": 2 if side >= 16 else 1, "maps": maps} | ({} if dims == 2 else {"dims": dims})
+    return {"kind": "unet", "widths": widths, "patch": 2 if side >= 16 else 1, "maps": maps, "gain": True} | ({} if dims == 2 else {"dims": dims})
 
 
 def build_network(shape: tuple[int, ...], kind: str, base: int = 0, **options: Any) -> Denoiser:
@@ -172,8 +172,8 @@ def _checked(about: dict[str, Any]) -> tuple[tuple[int, ...], dict[str, Any], Sc
     options = list(_options(network))
     if len(options) > MOST_OPTIONS or not all(_possible(*option) for option in options):
         raise ValueError(f"network {network}")
-    if network.get("net", network)["kind"] == "unet" and int(about.get("format", 1)) < FORMAT:
-        raise ValueError("its network is one of an earlier version; train it again")
+    if network.get("maps") and int(about.get("format", 1)) < FORMAT:
+        raise ValueError("its network is modulated by maps of levels, as this version's are not; train it again")
     if not (1 <= len(shape) <= 8 and all(type(n) is int and n > 0 for n in shape) and math.prod(shape) <= LARGEST**2):
         raise ValueError(f"shape {shape}")
     moments = [(scale.mean, scale.std), *scale.channels]

@@ -193,6 +193,8 @@ def test_the_pooled_score_is_permutation_equivariant() -> None:
 NETS = {
     "mlp": lambda shape: MLP(shape, width=8, blocks=2),
     "unet": lambda shape: UNet(shape, widths=(4, 8), patch=2, embed=4),
+    "unet, gain": lambda shape: UNet(shape, widths=(4, 8), patch=2, embed=4, gain=True),
+    "unet, gain by maps": lambda shape: UNet(shape, widths=(4, 8), patch=2, embed=4, maps=True, gain=True),
     "unet, patch 1, three stages": lambda shape: UNet(shape, widths=(4, 6, 8), patch=1, blocks=2, embed=4),
 }
 SHAPES = [(8, 12), (7, 5), (3, 9, 6), (1, 1, 1)]

@@ -42,6 +42,21 @@ def test_unfold_is_the_inverse_of_fold_and_blocks_stay_together(shape: tuple[int
 
 @shapes
 @pytest.mark.parametrize("maps", [False, True])
+def test_gains_are_those_of_an_entry_s_own_level(shape: tuple[int, ...], maps: bool) -> None:
+    """With a head of nothing but biases, F = f + g z, f and g affine in the features of the entry's level: each bias known, each output in closed form."""
+    net = network(shape, maps=maps, gain=True).backbone
+    weights = torch.tensor([[0.3, -0.5, 2.0], [-1.1, 0.7, -0.2]], dtype=torch.float64)[:, : 1 + 2 * maps]
+    net.head.weight.data.zero_()
+    net.head.bias.data = weights.reshape(2, -1, 1).expand(-1, -1, len(net.head.bias) // weights.numel()).flatten().clone()
+    z, space = normal(3, *shape), shape[-SHAPES[shape] :]
+    c = 3 * uniform(3, *([1] * (len(shape) - len(space))), *(space if maps else [1] * len(space)))
+    levels = torch.stack([torch.ones_like(c), (1 - torch.exp(-2 * c)).sqrt(), c / 3])
+    f, g = torch.einsum("jk,k...->j...", weights, levels[: 1 + 2 * maps])
+    torch.testing.assert_close(net(z, c), f + g * z)
+
+
+@shapes
+@pytest.mark.parametrize("maps", [False, True])
 def test_each_datum_is_treated_alone_and_levels_may_be_maps(shape: tuple[int, ...], maps: bool) -> None:
     net = network(shape, maps=maps)
     y, sigma = normal(3, 1, *shape), 0.3 + uniform(3, 1, *shape)
