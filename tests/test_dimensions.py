@@ -43,7 +43,7 @@ def test_unfold_is_the_inverse_of_fold_and_blocks_stay_together(shape: tuple[int
 @shapes
 @pytest.mark.parametrize("maps", [False, True])
 def test_gains_are_those_of_an_entry_s_own_level(shape: tuple[int, ...], maps: bool) -> None:
-    """With a head of nothing but biases, F = f + g z, f and g affine in the features of the entry's level: each bias known, each output in closed form."""
+    """With a head of biases alone, F = f + g z has a closed form: f and g are affine in the features of the entry's own level."""
     net = network(shape, maps=maps, gain=True).backbone
     weights = torch.tensor([[0.3, -0.5, 2.0], [-1.1, 0.7, -0.2]], dtype=torch.float64)[:, : 1 + 2 * maps]
     net.head.weight.data.zero_()

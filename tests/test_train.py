@@ -75,7 +75,7 @@ def test_fit_starts_from_the_prior_it_was_given():
 
 
 def test_masks_want_a_prior_that_sees_them(capsys):
-    """A U-Net that was shown one level per datum is refused as run, oracle and start where entries are missing; one trained with masks serves as each."""
+    """A U-Net shown one level per datum is refused as run, oracle and start where entries are missing; one trained with masks serves."""
     x = np.random.default_rng(1).standard_normal((40, 8, 8)).astype("float32")
     np.savez("images.npz", x=x)
     main(["observe", "--data", "images.npz", "--observer", "mask", "--observer.keep", "0.5", "--noise-std", "0.2", "--out", "masked.npz"])
