@@ -40,7 +40,7 @@ def images() -> tuple[MDAE, Tensor]:
     x = x / x.std()
     seen = torch.rand(x.shape, generator=generator(2)) < 0.5
     torch.manual_seed(0)
-    denoiser = MDAE(UNet((8, 8), widths=(16, 32), patch=1, maps=True), spread=0.5)
+    denoiser = MDAE(UNet((8, 8), widths=(16, 32), patch=1, maps=True, gain=True), spread=0.5)
     maps = torch.where(seen, 0.3, math.inf)
     return train(denoiser, PairLoss(Draws(x, x, 0.0), 0.1, maps), len(x), 250, rate=3e-3).denoiser, x
 

@@ -49,7 +49,7 @@ def images(count: int = 300) -> Tensor:
 
 def network(maps: bool = False) -> MDAE:
     torch.manual_seed(0)
-    return MDAE(UNet((8, 8), widths=(16, 32), patch=1, maps=maps), spread=0.5)
+    return MDAE(UNet((8, 8), widths=(16, 32), patch=1, maps=maps, gain=True), spread=0.5)
 
 
 def observed(kind: str, x: Tensor) -> Observations:
