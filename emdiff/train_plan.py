@@ -99,7 +99,7 @@ def choose_model(model: Config, shape: tuple[int, ...], levels: list[float] | No
     if kind == "muvb":
         net |= {"latent": model["latent"]}
     if kind == "mdae" and levels is None and name in ("unet", "mlp") and not model["spectral_norm"]:
-        return net | ({"gain": True} if name == "unet" else {})
+        return net | ({"gain": True} if net.get("maps") else {})
     meta = None if not model["metaencoder"] else {} if name == "mlp" else {"widths": wide if name == "resnet" else wide[:3]}
     spread = {"spread": 0.2} if kind != "muvb" and levels is None and name != "mlp" else {}
     return {"kind": kind, "net": net, "levels": levels, "metaencoder": meta, "spectral": model["spectral_norm"], **spread}

@@ -95,7 +95,8 @@ def test_masks_want_a_prior_that_sees_them(capsys):
         assert "plain" in (line := refused(capsys, *command)) and "--model.masks true" in line
     main(["reconstruct", "--run", "plain", "--observations", "noisy.npz", "--samples", "2", "--device", "cpu"])
     main(["fit", "--observations", "masked.npz", "--init-prior", "masks/prior.safetensors", "--out", "f", *fit])
-    assert load_prior(Path("f/round_001/prior.safetensors")).network["maps"]
+    made = {name: load_prior(Path(name)).network for name in ("plain/prior.safetensors", "masks/prior.safetensors", "f/round_001/prior.safetensors")}
+    assert [bool(network.get("maps") and network.get("gain")) for network in made.values()] == [False, True, True]
     main(["evaluate", "--run", "f", "--observations", "masked.npz", "--oracle", "masks/prior.safetensors", *few])
     assert "--model.sigma" in refused(capsys, "train", "--data", "images.npz", "--model.masks", "true", "--model.sigma", "[1.0]")
 
