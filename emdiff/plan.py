@@ -88,7 +88,7 @@ def make_plan(config: Config, data: Data, scale: Scale, device: str) -> tuple[Pl
         raise UsageError(f"--strata true: needs {lack}; leave it out")
     strata = lack is None if config["strata"] is None else config["strata"]
     maps = guidance == "fused" and level_maps(data) is not None
-    network = choose_network(data.shape, maps)
+    network = choose_network(data.shape, maps, gain=guidance == "fused")
     if config.get("init_prior"):
         first = read_init_prior(Path(config["init_prior"]), data, tau_last)
         check_levels(first, data, guidance, Path(config["init_prior"]))

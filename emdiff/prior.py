@@ -64,13 +64,14 @@ class Prior(NamedTuple):
     network: dict[str, Any]
 
 
-def choose_network(shape: tuple[int, ...], maps: bool = False) -> dict[str, Any]:
+def choose_network(shape: tuple[int, ...], maps: bool = False, gain: bool = False) -> dict[str, Any]:
     """A network for data of this shape: a U-Net for images of at least 8 x 8, volumes of at least 8 x 8 x 8 and series of at least 64 entries, with
     at most 16 channels (series: fewer than 8), else an MLP. A volume has four axes, the first its channels; a vector has no order and gets an MLP.
 
     Args:
         shape: S.
         maps: Whether noise levels differ between the entries of a datum.
+        gain: Whether guidance takes no products with V: those of a U-Net with gains were seen to make moment matching diverge (docs/method.md).
 
     Returns:
         Arguments for `build_network`; about 0.6 million parameters for a U-Net of images.
@@ -81,7 +82,7 @@ def choose_network(shape: tuple[int, ...], maps: bool = False) -> dict[str, Any]
     if side < 8 or (len(shape) > 2 and shape[0] > 16):
         return {"kind": "mlp", "width": 128, "blocks": 3}
     widths = ([16, 32, 64] if dims == 3 else [32, 64, 128]) + [128] * (side >= 64)
-    return {"kind": "unet", "widths": widths, "patch": 2 if side >= 16 else 1, "maps": maps, "gain": True} | ({} if dims == 2 else {"dims": dims})
+    return {"kind": "unet", "widths": widths, "patch": 2 if side >= 16 else 1, "maps": maps, "gain": gain} | ({} if dims == 2 else {"dims": dims})
 
 
 def build_network(shape: tuple[int, ...], kind: str, base: int = 0, **options: Any) -> Denoiser:

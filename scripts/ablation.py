@@ -154,7 +154,7 @@ class Setting:
     def network(self) -> MDAE:
         """Untrained, always the same."""
         torch.manual_seed(stream_seed(0, "network"))
-        return set_precision(build_network((28, 28), **choose_network((28, 28), self.maps is not None)), "cpu")
+        return set_precision(build_network((28, 28), **choose_network((28, 28), self.maps is not None, gain=True)), "cpu")
 
     def start(self, v: Variant) -> tuple[MDAE, Tensor, float]:
         """Network, first samples (N, 28, 28) and the seconds they took; computed once for each kind."""

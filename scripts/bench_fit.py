@@ -106,7 +106,7 @@ def clean_trained(folder: Path, truth: Tensor, scale: Scale, tau_last: float, st
     file = folder / f"clean-{len(truth)}-{steps}.safetensors"
     if not file.is_file():
         torch.manual_seed(stream_seed(0, "network"))
-        network = choose_network((28, 28))
+        network = choose_network((28, 28), gain=True)
         x = scale.standardise(truth)
         denoiser = set_precision(build_network((28, 28), **network), "cpu")
         trained = train(denoiser, PairLoss(Draws(x, x, 0.0), tau_last), len(x), steps, rate=2e-3)
@@ -146,7 +146,7 @@ def peer(
     clock, off = now(), 0.0
     torch.manual_seed(stream_seed(0, "peer"))
     prior: Denoiser = fit_gaussian(data, generator=stream(0, "peer gaussian"))
-    network = set_precision(build_network(data.shape, **choose_network(data.shape)), "cpu")
+    network = set_precision(build_network(data.shape, **choose_network(data.shape, gain=True)), "cpu")
     k = 0
     while True:
         k, x = k + 1, []

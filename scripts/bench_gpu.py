@@ -46,7 +46,7 @@ SHAPE = (28, 28)
 def network(maps: bool) -> MDAE:
     """The U-Net that `emdiff fit` chooses for digits, untrained."""
     torch.manual_seed(0)
-    return set_precision(build_network(SHAPE, **choose_network(SHAPE, maps)), "cuda")
+    return set_precision(build_network(SHAPE, **choose_network(SHAPE, maps, gain=True)), "cuda")
 
 
 HOW = ("plain", "graphs", "ahead", "by row")

@@ -155,7 +155,7 @@ class Bench:
         walk = run_walk(a.folder / f"{a.observer}-{a.count}-{a.start}-{seed}", data, "cpu")
         if not path.is_file():
             torch.manual_seed(stream_seed(seed, "oracle"))
-            network = choose_network((28, 28), maps is not None)
+            network = choose_network((28, 28), maps is not None, gain=True)
             x = scale.standardise(truth)
             denoiser = set_precision(build_network((28, 28), **network), "cpu")
             steps = 60 if a.quick else 2000

@@ -73,7 +73,7 @@ def measure(args: argparse.Namespace, team: Team) -> dict[str, object]:
     """Ratios of one process over all of them."""
     data = observations(args.count)
     torch.manual_seed(0)
-    network = choose_network(SHAPE, False)
+    network = choose_network(SHAPE, gain=True)
     prior = set_precision(build_network(SHAPE, **network), "cpu").eval().requires_grad_(False)
     folder = Path(team.lead(tempfile.mkdtemp))
     draws = walked(prior, data.rows(slice(0, 64)), 2, folder / f"first{team.rank}", ALONE)

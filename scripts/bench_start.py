@@ -58,7 +58,7 @@ def errors(z: Tensor, sigma: Tensor, truth: Tensor, restore: Any, how: Variant, 
         return self_supervised_loss(denoiser, antithetic(batch, z[index]) if how.signs == 2 else batch)
 
     torch.manual_seed(stream_seed(0, "network"))
-    denoiser, memory, found = set_precision(build_network(z.shape[1:], **choose_network(tuple(z.shape[1:]))), "cpu"), None, []
+    denoiser, memory, found = set_precision(build_network(z.shape[1:], **choose_network(tuple(z.shape[1:]), gain=True)), "cpu"), None, []
     steps = shown // how.batch // 4
     for part in range(4):
         trained = train(

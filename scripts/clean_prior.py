@@ -38,8 +38,10 @@ def digits(path: Path, part: str) -> Tensor:
         return torch.from_numpy(file[f"{part}_images"]).float() / 255
 
 
-def clean_prior(path: Path, folder: Path, maps: bool, steps: int, seed: int = 0, batch: int = 128, device: str = "cpu") -> Prior:
-    """Load, or train and keep, a prior of the network that `emdiff fit` would choose.
+def clean_prior(
+    path: Path, folder: Path, maps: bool, steps: int, seed: int = 0, batch: int = 128, device: str = "cpu", gain: bool = False
+) -> Prior:  # fmt: skip
+    """Load, or train and keep, a prior of the network that `emdiff fit` would choose, but for gains where these are not asked for.
 
     Args:
         path: mnist.npz.
@@ -49,15 +51,16 @@ def clean_prior(path: Path, folder: Path, maps: bool, steps: int, seed: int = 0,
         seed: Seeds weights, masks and training.
         batch: Digits per step.
         device: "cpu" or "cuda", where it is trained.
+        gain: Give its U-Net gains, as a fit with fused guidance does; samplers that take products with V were seen to diverge under them.
     """
-    file = folder / f"clean-{'maps' if maps else 'levels'}-{steps}{'' if batch == 128 else f'x{batch}'}-{seed}.safetensors"
+    file = folder / f"clean-{'maps' if maps else 'levels'}-{'gain-' if gain else ''}{steps}{'' if batch == 128 else f'x{batch}'}-{seed}.safetensors"
     if not file.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         x = digits(path, "train")
         scale = Scale(float(x.mean()), float(x.std()))
         x = scale.standardise(x)
         torch.manual_seed(stream_seed(seed, "clean prior"))
-        network = choose_network((28, 28), maps)
+        network = choose_network((28, 28), maps, gain)
         sigma_z = None
         if maps:
             seen = torch.rand(MAPS, 28, 28, generator=stream(seed, "clean prior maps")) < KEEP
@@ -75,9 +78,10 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, default=Path("../shared/data/mnist.npz"))
     parser.add_argument("--folder", type=Path, default=Path("runs/estep"))
     parser.add_argument("--maps", action="store_true")
+    parser.add_argument("--gain", action="store_true")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     a = parser.parse_args()
-    clean_prior(a.data, a.folder, a.maps, a.steps, a.seed, a.batch, a.device)
+    clean_prior(a.data, a.folder, a.maps, a.steps, a.seed, a.batch, a.device, a.gain)

@@ -82,7 +82,7 @@ def shortest(run: Callable[[], Any], repeats: int = 20) -> float:
 def network(maps: bool) -> MDAE:
     """The default U-Net, its last layers not zero."""
     torch.manual_seed(0)
-    denoiser = set_precision(build_network((28, 28), **choose_network((28, 28), maps)), "cpu").eval().requires_grad_(False)
+    denoiser = set_precision(build_network((28, 28), **choose_network((28, 28), maps, gain=True)), "cpu").eval().requires_grad_(False)
     for weight in denoiser.parameters():
         weight += 0.02 * torch.randn(weight.shape)
     return denoiser

@@ -1,6 +1,7 @@
 r"""Is a learned denoiser as sure as it should be? Its error beside the posterior variance that its Jacobian claims; prints a table.
 
     python scripts/sureness.py --folder runs/estep                  a prior for masks, trained on clean MNIST by scripts/clean_prior.py where missing
+    python scripts/sureness.py --folder runs/estep --gain           the same network with gains (emdiff.nn.UNet), as `emdiff fit` takes it
     python scripts/sureness.py --folder runs/estep --noise          one for noise
     python scripts/sureness.py --prior FILE                         any prior of 28 x 28 digits
 
@@ -44,11 +45,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/estep"))
     parser.add_argument("--prior", type=Path, default=None)
     parser.add_argument("--noise", action="store_true")
+    parser.add_argument("--gain", action="store_true")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=1000)
     a = parser.parse_args()
-    prior = load_prior(a.prior) if a.prior else clean_prior(a.data, a.folder, not a.noise, a.steps, a.seed)
+    prior = load_prior(a.prior) if a.prior else clean_prior(a.data, a.folder, not a.noise, a.steps, a.seed, gain=a.gain)
     generator = torch.Generator().manual_seed(a.seed)
     x = prior.scale.standardise(digits(a.data, "test")[: a.count])
     seen = torch.rand(x.shape, generator=generator) < (1 if a.noise else KEEP)

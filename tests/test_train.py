@@ -97,6 +97,8 @@ def test_masks_want_a_prior_that_sees_them(capsys):
     main(["fit", "--observations", "masked.npz", "--init-prior", "masks/prior.safetensors", "--out", "f", *fit])
     made = {name: load_prior(Path(name)).network for name in ("plain/prior.safetensors", "masks/prior.safetensors", "f/round_001/prior.safetensors")}
     assert [bool(network.get("maps") and network.get("gain")) for network in made.values()] == [False, True, True]
+    main(["fit", "--observations", "noisy.npz", "--guidance", "cg", "--walk.iterations", "1", "--out", "c", *fit])
+    assert not load_prior(Path("c/round_001/prior.safetensors")).network["gain"]  # products with V are taken of a network without gains
     main(["evaluate", "--run", "f", "--observations", "masked.npz", "--oracle", "masks/prior.safetensors", *few])
     assert "--model.sigma" in refused(capsys, "train", "--data", "images.npz", "--model.masks", "true", "--model.sigma", "[1.0]")
 
