@@ -21,7 +21,7 @@ from emdiff.features import feature_module
 from emdiff.figures import is_image, save_rows
 from emdiff.observations import open_data, open_truth
 from emdiff.plan import resolve_device
-from emdiff.posterior import check_levels, check_shape, run_bound, run_walk, sample_posterior, settled
+from emdiff.posterior import check_levels, check_shape, run_bound, run_walk, sample_posterior, settled, steady
 from emdiff.prior import check_any_level, load_prior
 from emdiff.reading import read_json, read_yaml
 from emdiff.report import write_report
@@ -57,6 +57,7 @@ def reconstruct_command(run: Path, data: Data, samples: int, out: Path, seed: in
     generator = stream(seed, "reconstruct", device=device)
     walk, bound, picture = run_walk(run, data, device), run_bound(run), out.with_suffix(".png")
     check_levels(prior, data, walk.guidance, run)
+    walk = steady(walk, prior)
     chi2, again = 0.0, 0
     with NewArchive(out) as new:
         shapes = {"samples": (len(data), samples, *data.shape), "mean": (len(data), *data.shape), "std": (len(data), *data.shape)}
@@ -99,11 +100,11 @@ def evaluate_command(
         if judged:
             check_levels(judged, data, walk.guidance, path)
     data = settled(prior, data, walk, stream(seed, "evaluate", "counts", device=device), bound)
-    task = Task(data, walk, samples, prior_samples, truth, features, seed, device, bound)
+    task = Task(data, steady(walk, prior), samples, prior_samples, truth, features, seed, device, bound)
     history, iteration = round_metrics(run), round_of(latest_prior(run))
     found = evaluate(prior, task, bars())
     found = found._replace(figures=found.figures | drifts([row for row in history if row["iter"] <= iteration], prior.scale.std))
-    rival = evaluate(best, task, bars()).figures if best else None
+    rival = evaluate(best, task._replace(walk=steady(walk, best)), bars()).figures if best else None
     about = {"run": run.name, "observations": str(file), "observations_count": len(data), "observations_total": total,
              "samples": samples, "iter": iteration, "seed": seed, "features": features, "versions": versions()}  # fmt: skip
     verdict = write_evaluation(out, about, found, history, rival)

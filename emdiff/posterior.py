@@ -17,7 +17,7 @@ from emdiff.langevin import STEPS
 from emdiff.metrics import residual_chi2
 from emdiff.noise import depends_on_signal, with_counts
 from emdiff.pool import applies, restart
-from emdiff.prior import TAU_FIRST, Prior, sees_entries
+from emdiff.prior import TAU_FIRST, Prior, has_gains, sees_entries
 from emdiff.reading import number, read_yaml
 from emdiff.runs import latest_prior, round_metrics, round_of
 
@@ -117,6 +117,17 @@ def check_levels(prior: Prior, data: Data, guidance: str, path: Path) -> None:
             f"{path}: this prior takes one noise level per datum, and of these observations entries are missing or noisier than others; give a prior "
             "that was fitted to such observations, or trained on clean data with --model.masks true"
         )
+
+
+STEADY = "one solver iteration per level, since more diverge on products with V of a network with gains"
+
+
+def steady(walk: Walk, prior: Prior, say: Callable[[str], None] = lambda line: print(f"note: {line}")) -> Walk:
+    """The walk, with one solver iteration per level where it would take several with products with V of a network with gains (docs/method.md)."""
+    if walk.guidance == "fused" or walk.iterations == 1 or not has_gains(prior):
+        return walk
+    say(STEADY)
+    return walk._replace(iterations=1)
 
 
 def run_level(run: Path) -> float | None:

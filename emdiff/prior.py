@@ -229,6 +229,11 @@ def sees_entries(prior: Prior) -> bool:
     return net["kind"] != "unet" or bool(net.get("maps"))
 
 
+def has_gains(prior: Prior) -> bool:
+    """Whether its network is a U-Net with gains, on whose products with V solves of several iterations were seen to diverge."""
+    return bool(prior.network.get("gain"))
+
+
 @torch.inference_mode()
 def sample_prior(
     prior: Prior,

@@ -20,7 +20,9 @@ from emdiff.mdae import MDAE
 from emdiff.metrics import residual_chi2
 from emdiff.nn import UNet
 from emdiff.pairs import PairLoss
-from emdiff.posterior import run_walk
+from emdiff.posterior import run_walk, steady
+from emdiff.prior import Prior, build_network, choose_network
+from emdiff.scale import Scale
 from emdiff.training import train
 from observers import Identity, Mask
 
@@ -137,3 +139,11 @@ def test_a_ratio_is_to_the_cheapest_budget_that_is_as_good() -> None:
     assert [found[name]["budget"] for name in "pqr"] == ["d", "c", "a"]
     assert worst(found) == pytest.approx(0.4)
     assert worst(ratios(mine, {"p": make(10.0, 0.01, 1.0), "r": make(8.0, 0.3, 1.2)})) is None
+
+
+@pytest.mark.parametrize("guidance, gain, iterations", [("cg", True, 1), ("gmres", True, 1), ("cg", False, 3), ("fused", True, 3)])
+def test_solves_on_networks_with_gains_take_one_iteration_and_it_is_said(guidance: str, gain: bool, iterations: int, capsys) -> None:
+    network = choose_network((8, 8), gain=gain)
+    walk = steady(Walk(guidance, 20.0), Prior(build_network((8, 8), **network), Scale(0.0, 1.0), (8, 8), 0.1, network))
+    assert walk == Walk(guidance, 20.0)._replace(iterations=iterations)
+    assert ("gains" in capsys.readouterr().out) == (iterations == 1)
