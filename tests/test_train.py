@@ -1,5 +1,6 @@
 """`emdiff train` as a user meets it, what its priors can be used for, and the shipped configurations."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from emdiff import plan
 from emdiff.cli import main
 from emdiff.datasets import open_dataset
 from emdiff.errors import UsageError
@@ -74,8 +76,9 @@ def test_fit_starts_from_the_prior_it_was_given():
     assert load_prior(Path("f/round_001/prior.safetensors")).scale == load_prior(Path("t/prior.safetensors")).scale
 
 
-def test_masks_want_a_prior_that_sees_them(capsys):
+def test_masks_want_a_prior_that_sees_them(capsys, monkeypatch):
     """A U-Net shown one level per datum is refused as run, oracle and start where entries are missing; one trained with masks serves."""
+    monkeypatch.setattr(plan, "Plan", functools.partial(plan.Plan, prior_samples=8))
     x = np.random.default_rng(1).standard_normal((40, 8, 8)).astype("float32")
     np.savez("images.npz", x=x)
     main(["observe", "--data", "images.npz", "--observer", "mask", "--observer.keep", "0.5", "--noise-std", "0.2", "--out", "masked.npz"])
@@ -85,7 +88,7 @@ def test_masks_want_a_prior_that_sees_them(capsys):
     main(["train", "--data", "images.npz", "--out", "masks", *SMALL, *model, "--model.masks", "true"])
     assert "entry by entry in half of the data" in capsys.readouterr().out
     few = ["--samples", "4", "--count", "10", "--prior-samples", "4", "--device", "cpu"]
-    fit = ["--iters", "1", "--train.steps", "2", "--walk.levels", "4", "--wandb", "off", "--device", "cpu"]
+    fit = ["--iters", "1", "--train.steps", "2", "--train.start-steps", "2", "--walk.levels", "4", "--wandb", "off", "--device", "cpu"]
     for command in (
         ["reconstruct", "--run", "plain", "--observations", "masked.npz"],
         ["evaluate", "--run", "plain", "--observations", "masked.npz", *few],
