@@ -15,14 +15,15 @@ from tqdm import tqdm
 from emdiff.changes import versions
 from emdiff.compiled import for_sampling
 from emdiff.data import Data
+from emdiff.em import Walk
 from emdiff.errors import UsageError
 from emdiff.evaluate import Evaluation, Task, drifts, evaluate, ratios, write_evaluation
 from emdiff.features import feature_module
 from emdiff.figures import is_image, save_rows
 from emdiff.observations import open_data, open_truth
 from emdiff.plan import resolve_device
-from emdiff.posterior import check_levels, check_shape, run_bound, run_walk, sample_posterior, settled, steady
-from emdiff.prior import check_any_level, load_prior
+from emdiff.posterior import STEADY, check_levels, check_shape, run_bound, run_walk, sample_posterior, settled, steady
+from emdiff.prior import Prior, check_any_level, load_prior
 from emdiff.reading import read_json, read_yaml
 from emdiff.report import write_report
 from emdiff.rows import BLOCK, Rows, spans
@@ -56,8 +57,7 @@ def reconstruct_command(run: Path, data: Data, samples: int, out: Path, seed: in
     check_shape(prior, data, run)
     generator = stream(seed, "reconstruct", device=device)
     walk, bound, picture = run_walk(run, data, device), run_bound(run), out.with_suffix(".png")
-    check_levels(prior, data, walk.guidance, run)
-    walk = steady(walk, prior)
+    walk = walk_under(prior, walk, data, run)
     chi2, again = 0.0, 0
     with NewArchive(out) as new:
         shapes = {"samples": (len(data), samples, *data.shape), "mean": (len(data), *data.shape), "std": (len(data), *data.shape)}
@@ -96,15 +96,14 @@ def evaluate_command(
         feature_module(features, truth[:2].reshape(len(truth[:2]), -1, *data.shape[-2:]))
     best = check_any_level(load_prior(oracle, device), oracle) if oracle else None
     walk, bound = run_walk(run, data, device), run_bound(run)
-    for judged, path in ((prior, run), (best, oracle)):
-        if judged:
-            check_levels(judged, data, walk.guidance, path)
+    rival_walk = None if best is None else walk_under(best, walk, data, oracle)
+    walk = walk_under(prior, walk, data, run)
     data = settled(prior, data, walk, stream(seed, "evaluate", "counts", device=device), bound)
-    task = Task(data, steady(walk, prior), samples, prior_samples, truth, features, seed, device, bound)
+    task = Task(data, walk, samples, prior_samples, truth, features, seed, device, bound)
     history, iteration = round_metrics(run), round_of(latest_prior(run))
     found = evaluate(prior, task, bars())
     found = found._replace(figures=found.figures | drifts([row for row in history if row["iter"] <= iteration], prior.scale.std))
-    rival = evaluate(best, task._replace(walk=steady(walk, best)), bars()).figures if best else None
+    rival = None if best is None else evaluate(best, task._replace(walk=rival_walk), bars()).figures
     about = {"run": run.name, "observations": str(file), "observations_count": len(data), "observations_total": total,
              "samples": samples, "iter": iteration, "seed": seed, "features": features, "versions": versions()}  # fmt: skip
     verdict = write_evaluation(out, about, found, history, rival)
@@ -121,6 +120,19 @@ def evaluate_command(
         print(f"  - {reason}")
     print(f"figures: {out / 'metrics.json'}   arrays: {out / 'arrays.npz'}")
     print(f"next: open {run / 'report.html'}")
+
+
+def walk_under(prior: Prior, walk: Walk, data: Data, path: Path) -> Walk:
+    """The walk as the network of a prior from `path` takes it; what that changes is said.
+
+    Raises:
+        UsageError: if that network does not see what it would be guided by.
+    """
+    check_levels(prior, data, walk.guidance, path)
+    taken = steady(walk, prior)
+    if taken != walk:
+        print(f"note: {path}: {STEADY}")
+    return taken
 
 
 def evaluated_rows(data: Data, count: int | None, samples: int, seed: int) -> Tensor:

@@ -115,8 +115,8 @@ class ManyLevels(CleanLoss):
         tau = self.levels(len(x), generator).reshape(-1, *[1] * (x.ndim - 1))
         if self.masks:
             tau = patchy(tau, self.levels(len(x), generator).reshape(tau.shape), tuple(x.shape[1:]), generator)
-        y = x + torch.where(tau.isinf(), 0.0, tau) * torch.randn(x.shape, generator=generator, device=x.device)
-        return denoiser.loss(x, torch.where(tau.isinf(), 0.0, y)[:, None], tau[:, None]).mean()
+        y = torch.where(tau.isinf(), 0.0, x + tau * torch.randn(x.shape, generator=generator, device=x.device))
+        return denoiser.loss(x, y[:, None], tau[:, None]).mean()
 
     def levels(self, count: int, generator: torch.Generator) -> Tensor:
         """Levels (count,), one from each of `count` equal shares of the log-normal's mass, shuffled."""

@@ -21,7 +21,7 @@ from emdiff.models import is_image_shape
 from emdiff.noise import depends_on_signal
 from emdiff.outline import Plan
 from emdiff.pool import applies, noise
-from emdiff.posterior import check_levels, default_batch, default_pool, default_tau_first, steady
+from emdiff.posterior import STEADY, check_levels, default_batch, default_pool, default_tau_first, steady
 from emdiff.prior import TAU_FIRST, Prior, check_any_level, choose_network, load_prior
 from emdiff.relax import default_relax
 from emdiff.rows import evenly
@@ -92,7 +92,8 @@ def make_plan(config: Config, data: Data, scale: Scale, device: str) -> tuple[Pl
     if config.get("init_prior"):
         first = read_init_prior(Path(config["init_prior"]), data, tau_last)
         check_levels(first, data, guidance, Path(config["init_prior"]))
-        network, chosen = first.network, steady(chosen, first)
+        network, asked, chosen = first.network, chosen, steady(chosen, first)
+        reason += f"; {STEADY}" if chosen != asked else ""
     refresh = default_refresh(len(data), guidance, network["kind"], device) if train["refresh"] is None else train["refresh"]
     if refresh and guidance != "fused":
         raise UsageError(f"--train.refresh {refresh}: chains take turns with fused guidance only, and this is {guidance}; give 0")

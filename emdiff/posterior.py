@@ -120,14 +120,12 @@ def check_levels(prior: Prior, data: Data, guidance: str, path: Path) -> None:
 
 
 STEADY = "one solver iteration per level, since more diverge on products with V of a network with gains"
+"""What there is to say where `steady` changes a walk."""
 
 
-def steady(walk: Walk, prior: Prior, say: Callable[[str], None] = lambda line: print(f"note: {line}")) -> Walk:
+def steady(walk: Walk, prior: Prior) -> Walk:
     """The walk, with one solver iteration per level where it would take several with products with V of a network with gains (docs/method.md)."""
-    if walk.guidance == "fused" or walk.iterations == 1 or not has_gains(prior):
-        return walk
-    say(STEADY)
-    return walk._replace(iterations=1)
+    return walk._replace(iterations=1) if walk.guidance != "fused" and has_gains(prior) else walk
 
 
 def run_level(run: Path) -> float | None:

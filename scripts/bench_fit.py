@@ -103,7 +103,7 @@ def show(side: str, row: Row) -> None:
 
 def clean_trained(folder: Path, truth: Tensor, scale: Scale, tau_last: float, steps: int) -> Prior:
     """The prior of the target, trained once and kept."""
-    file = folder / f"clean-{len(truth)}-{steps}.safetensors"
+    file = folder / f"clean-{len(truth)}-gain-{steps}.safetensors"
     if not file.is_file():
         torch.manual_seed(stream_seed(0, "network"))
         network = choose_network((28, 28), gain=True)
@@ -146,7 +146,7 @@ def peer(
     clock, off = now(), 0.0
     torch.manual_seed(stream_seed(0, "peer"))
     prior: Denoiser = fit_gaussian(data, generator=stream(0, "peer gaussian"))
-    network = set_precision(build_network(data.shape, **choose_network(data.shape, gain=True)), "cpu")
+    network = set_precision(build_network(data.shape, **choose_network(data.shape)), "cpu")
     k = 0
     while True:
         k, x = k + 1, []

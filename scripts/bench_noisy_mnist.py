@@ -151,7 +151,7 @@ class Bench:
         data, truth = read_observations(file), read_truth(file)
         scale: Scale = estimate_scale(data, stream(seed, "scale"))
         standard = scale.observations(data)
-        path, maps = a.folder / f"oracle-{a.observer}-{a.count}-{seed}.safetensors", level_maps(standard)
+        path, maps = a.folder / f"oracle-{a.observer}-{a.count}-gain-{seed}.safetensors", level_maps(standard)
         walk = run_walk(a.folder / f"{a.observer}-{a.count}-{a.start}-{seed}", data, "cpu")
         if not path.is_file():
             torch.manual_seed(stream_seed(seed, "oracle"))

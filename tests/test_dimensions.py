@@ -41,6 +41,16 @@ def test_unfold_is_the_inverse_of_fold_and_blocks_stay_together(shape: tuple[int
 
 
 @shapes
+def test_blocks_are_modulated_by_the_mean_of_a_map_s_features(shape: tuple[int, ...]) -> None:
+    """A network that does not see the map itself cannot tell it from the same levels in other places, but from a map of another mean."""
+    net, z = network(shape).backbone, normal(2, *shape)
+    c = 3 * uniform(2, *([1] * (len(shape) - SHAPES[shape])), *shape[-SHAPES[shape] :])
+    torch.testing.assert_close(net(z, c.flip(-1)), net(z, c))
+    assert (net(z, 2 * c) - net(z, c)).abs().max() > 1e-3
+    assert (network(shape, maps=True).backbone(z, c.flip(-1)) - network(shape, maps=True).backbone(z, c)).abs().max() > 1e-3
+
+
+@shapes
 @pytest.mark.parametrize("maps", [False, True])
 def test_gains_are_those_of_an_entry_s_own_level(shape: tuple[int, ...], maps: bool) -> None:
     """With a head of biases alone, F = f + g z has a closed form: f and g are affine in the features of the entry's own level."""

@@ -12,6 +12,7 @@ import yaml
 from exact import covariance, normal, observer
 from torch import Tensor
 
+from emdiff.commands import walk_under
 from emdiff.data import Observations
 from emdiff.denoise import GaussianDenoiser
 from emdiff.em import Draws, Walk, e_step
@@ -20,7 +21,7 @@ from emdiff.mdae import MDAE
 from emdiff.metrics import residual_chi2
 from emdiff.nn import UNet
 from emdiff.pairs import PairLoss
-from emdiff.posterior import run_walk, steady
+from emdiff.posterior import run_walk
 from emdiff.prior import Prior, build_network, choose_network
 from emdiff.scale import Scale
 from emdiff.training import train
@@ -143,7 +144,9 @@ def test_a_ratio_is_to_the_cheapest_budget_that_is_as_good() -> None:
 
 @pytest.mark.parametrize("guidance, gain, iterations", [("cg", True, 1), ("gmres", True, 1), ("cg", False, 3), ("fused", True, 3)])
 def test_solves_on_networks_with_gains_take_one_iteration_and_it_is_said(guidance: str, gain: bool, iterations: int, capsys) -> None:
+    data = Observations(torch.zeros(2, 8, 8), Identity((8, 8), torch.tensor(0.5)))
     network = choose_network((8, 8), gain=gain)
-    walk = steady(Walk(guidance, 20.0), Prior(build_network((8, 8), **network), Scale(0.0, 1.0), (8, 8), 0.1, network))
+    prior = Prior(build_network((8, 8), **network), Scale(0.0, 1.0), (8, 8), 0.1, network)
+    walk = walk_under(prior, Walk(guidance, 20.0), data, Path("run"))
     assert walk == Walk(guidance, 20.0)._replace(iterations=iterations)
     assert ("gains" in capsys.readouterr().out) == (iterations == 1)
