@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from emdiff import interrupt
+from emdiff.ahead import goes_on
 from emdiff.changes import fork
 from emdiff.console import Bars
 from emdiff.data import Data
@@ -135,7 +137,8 @@ def first_of(config: Config, defaults: Config, forked: str | None, data: Data, d
         fork(out, Path(forked), resolved, path, (len(data), *data.shape), config, defaults)
         out, resolved = Path(forked), {**resolved, "out": forked}
     needed = 4 * (plan.iters + 6) * len(data) * math.prod(data.shape)
-    with Run(out, resolved, path, needed, config, defaults, processes=team.size) as run:
+    behind = team.alone and goes_on(torch.device(plan.device))
+    with Run(out, resolved, path, needed, config, defaults, processes=team.size, behind=behind) as run:
         interrupt.at_the_end(run.close)
         interrupt.check()
         print_plan(data, scale, plan, reasons, out, run.finished())

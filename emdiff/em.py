@@ -218,7 +218,7 @@ def e_step(
             arrays of `store` still hold what they held; None for none.
 
     Returns:
-        Draws, on the CPU.
+        Draws, on the CPU or where `store` holds them.
     """
     device, taus, data = generator.device, walk_levels(data, walk), near_data(data, generator.device)
     tau_chains = walk.tau_last if tau_chains is None else tau_chains
@@ -239,7 +239,7 @@ def e_step(
             batch = getattr(draws, name)
             if name not in arrays:
                 arrays[name] = torch.empty(shape, dtype=batch.dtype)
-            arrays[name][span] = batch.cpu()
+            arrays[name][span] = batch
         done.add(draws.kept, (draws.tau, draws.restarted, draws.residual, draws.iterations))
     done.save(arrays, generator)
     progress(len(data))

@@ -65,13 +65,14 @@ class RunFolder:
         """An array (N, ...) that is needed until round k is complete, with what an attempt before this one wrote to it."""
         return NewArray(self.round_path(k) / "scratch" / f"{name}.npy", shape, lasting=True)
 
-    def whole(self, k: int, name: str, part: NewArray, team: Team = ALONE) -> Array:
-        """An array of all processes' parts in scratch/, of which this one has filled its own, in the order of the processes.
+    def whole(self, k: int, name: str, part: Any, team: Team = ALONE) -> Array:
+        """An array of all processes' parts in scratch/, of which this one has filled its own, in the order of the processes. What this process alone
+        has, it may hold elsewhere (near).
 
         Raises:
             UsageError: The folder is not the same for all.
         """
-        mine = part.commit()
+        mine = part if isinstance(part, torch.Tensor) else part.commit()
         if team.alone:
             return mine
         team.wait()

@@ -54,7 +54,7 @@ def residual_chi2(data: Data, x: Array, tau: float = 0.0) -> Tensor:
             parts.append(square.flatten(1).sum(1) / seen.flatten(1).sum(1).clamp(min=1))
             continue
         seen = part.observer.observed().expand(part.obs.shape)
-        z = standardised_residual(part, x[where])
+        z = standardised_residual(part, x[where].to(part.obs.device))
         parts.append(z.square().flatten(1).sum(1) / seen.flatten(1).sum(1).clamp(min=1))
     return torch.cat(parts)
 
@@ -155,15 +155,32 @@ def chi2_spread(data: Data) -> tuple[float, float]:
     return float(variance.mean().sqrt()), float((variance.sum() / len(data) ** 2).sqrt())
 
 
+class Moments:
+    """Mean and standard deviation of all entries of what is added, in float64, about the mean of the first part."""
+
+    def __init__(self) -> None:
+        self.shift, self.count, self.total, self.squares = math.nan, 0, 0.0, 0.0
+
+    def add(self, values: Tensor) -> None:
+        """Add values of any shape."""
+        values = values.double()
+        self.shift = self.shift if self.count else float(values.mean())
+        values = values - self.shift
+        total, squares = torch.stack([values.sum(), values.square().sum()]).tolist()
+        self.count, self.total, self.squares = self.count + values.numel(), self.total + total, self.squares + squares
+
+    def found(self) -> tuple[float, float]:
+        """Mean and standard deviation."""
+        variance = max(self.squares - self.total**2 / self.count, 0.0) / max(self.count - 1, 1)
+        return self.shift + self.total / self.count, math.sqrt(variance)
+
+
 def moments(x: Array) -> tuple[float, float]:
-    """Mean and standard deviation of all entries of an array, summed in parts, in float64, about the mean of the first."""
-    shift, count, total, squares = None, 0, 0.0, 0.0
+    """Mean and standard deviation of all entries of an array, read in parts."""
+    sums = Moments()
     for part in row_spans(x):
-        values = x[part].double()
-        shift = float(values.mean()) if shift is None else shift
-        values = values - shift
-        count, total, squares = count + values.numel(), total + float(values.sum()), squares + float(values.square().sum())
-    return shift + total / count, math.sqrt(max(squares - total**2 / count, 0.0) / max(count - 1, 1))
+        sums.add(x[part])
+    return sums.found()
 
 
 def sample_figures(data: Data, x: Array) -> dict[str, float]:
@@ -180,10 +197,16 @@ def prior_figures(data: Data, x: Tensor, generator: torch.Generator) -> dict[str
 
 
 def truth_figures(x: Array, truth: Array) -> dict[str, float]:
-    """Error of one sample per entry, and sample std over true std; x and truth (N, *S)."""
-    squares = sum(float((x[part] - truth[part]).double().square().sum()) for part in row_spans(x))
-    std, true = moments(x)[1], moments(truth)[1]
-    return {"error": squares / math.prod(x.shape), "std_ratio": std / true if true else math.inf}
+    """Error of one sample per entry, and sample std over true std; x and truth (N, *S), where x lies."""
+    squares, mine, theirs = 0.0, Moments(), Moments()
+    for part in row_spans(x):
+        sample = x[part]
+        true = truth[part].to(sample)
+        squares += float((sample - true).double().square().sum())
+        mine.add(sample)
+        theirs.add(true)
+    std, true_std = mine.found()[1], theirs.found()[1]
+    return {"error": squares / math.prod(x.shape), "std_ratio": std / true_std if true_std else math.inf}
 
 
 class Likeness(NamedTuple):

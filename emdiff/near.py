@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from emdiff.data import Data, size
-from emdiff.rows import Array, row_spans
+from emdiff.rows import Array, Index, Store, row_spans
+from emdiff.written import NewArray
 
 SHARE = 0.25
 """Of a GPU's free memory, what one array may take."""
@@ -28,7 +29,7 @@ def near(array: Array, device: torch.device) -> Array:
     True
     """
     first = array[0:1]
-    if first.device == device or math.prod(array.shape) * first.element_size() > room(device):
+    if getattr(array, "device", None) == first.device == device or math.prod(array.shape) * first.element_size() > room(device):
         return array
     there = torch.empty(array.shape, dtype=first.dtype, device=device)
     for part in row_spans(array):
@@ -43,4 +44,62 @@ def beside(index: Tensor, array: Array) -> Tensor:
 
 def near_data(data: Data, device: torch.device) -> Data:
     """Observations (N, *O) and their operators on the device if there is room, else as they are."""
-    return data.rows(slice(None)).to(device) if size(data) <= room(device) else data
+    there = data.rows(slice(0, 1)).obs.device.type == device.type
+    return data if there or size(data) > room(device) else data.rows(slice(None)).to(device)
+
+
+class Mirrored:
+    """An array in the making whose rows also lie on a device, from where they are read: what is written for later is at hand now.
+
+    Args:
+        file: The array in the making, with what it holds already.
+        device: Where else.
+    """
+
+    def __init__(self, file: NewArray, device: torch.device) -> None:
+        self.file, self.there = file, torch.empty(file.shape, device=device)
+        if file.found:
+            for part in row_spans(self.there):
+                self.there[part] = file[part].to(device)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, ...)."""
+        return self.file.shape
+
+    @property
+    def found(self) -> bool:
+        """Whether the file held rows before."""
+        return self.file.found
+
+    def __setitem__(self, index: Index, values: Tensor) -> None:
+        self.there[index] = values
+        self.file[index] = values
+
+    def __getitem__(self, index: Index) -> Tensor:
+        return self.there[index]
+
+    def sync(self) -> None:
+        """Hand what was written to the disk."""
+        self.file.sync()
+
+    def commit(self) -> Tensor:
+        """Give the file its name; returns the rows on the device."""
+        self.file.close()
+        return self.there
+
+
+def mirrored(store: Store, device: torch.device) -> Store:
+    """A store of arrays in the making whose arrays are mirrored on the device where there is room."""
+    return lambda name, shape: Mirrored(store(name, shape), device) if has_room(shape, device) else store(name, shape)
+
+
+def held_near(store: Store, device: torch.device) -> Store:
+    """A store whose arrays lie on the device alone where there is room, else where `store` makes them."""
+    made = lambda shape: torch.empty(shape, device=device)  # noqa: E731
+    return lambda name, shape: made(shape) if has_room(shape, device) else store(name, shape)
+
+
+def has_room(shape: tuple[int, ...], device: torch.device) -> bool:
+    """Whether a device has room for float32 of a shape; never a CPU, where everything is near."""
+    return 4 * math.prod(shape) <= room(device) and device.type != "cpu"

@@ -50,7 +50,7 @@ def first_noise(data: Data) -> float:
 def white_part(a: Tensor, seen: Tensor) -> float:
     """The variance of the directions in which vectors a (N, *O) vary least, over what was seen, bool (N or 1, *O or ones): an upper bound on the
     variance of white noise in them."""
-    seen = seen.expand(a.shape)
+    seen = seen.to(a.device).expand(a.shape)
     a = torch.where(seen, a, 0.0).double()
     bounds = [_of_entries(a.flatten(1), seen.flatten(1).double())]
     if bool(seen.all()):

@@ -129,7 +129,7 @@ def restart(
         span = slice(i, min(i + rows, len(data)))
         part = data.rows(span)
         chosen = choose(pool, part, generator)
-        x, added = chosen.x.cpu(), (chosen.widening.cpu() - 1).sqrt() * noise(part)
+        x, added = chosen.x.cpu(), (chosen.widening.cpu() - 1).sqrt() * noise(part).cpu()
         states[span] = x if chains is None else torch.where((added < tau_first).reshape(-1, *[1] * (x.ndim - 1)), x, chains[span])
     return states
 

@@ -18,7 +18,7 @@ from emdiff.data import Data
 from emdiff.em import Draws, e_step
 from emdiff.firsts import first_steps, level_maps
 from emdiff.folder import RunFolder
-from emdiff.near import near
+from emdiff.near import held_near, mirrored, near
 from emdiff.noise import updated_level
 from emdiff.outline import Listener, Plan
 from emdiff.pairs import PairLoss, drawn
@@ -59,7 +59,7 @@ class Walked(NamedTuple):
 def em_round(
     k: int, data: Data, scale: Scale, plan: Plan, run: RunFolder, listener: Listener, team: Team = ALONE
 ) -> tuple[Array, Prior, dict[str, Any]]:  # fmt: skip
-    """One E-step and one M-step: samples x (N, *S), the new prior, figures; data standardised. Leaves the chains in the folder."""
+    """One E-step and one M-step: samples x (N, *S), the new prior, figures; data standardised. Leaves chains and samples in the folder."""
     prior, clock = load_prior(run.round_path(k - 1) / "prior.safetensors", plan.device), time.perf_counter()
     rows = on_turn(k, len(data), plan.refresh, plan.seed)
     if k == 1 and not based(prior):
@@ -69,6 +69,7 @@ def em_round(
         walked = walk_all(k, data, rows, prior, scale, plan, run, listener, team)
     draws = walked.draws
     x, pairs = merged(k, rows, draws, scale, plan, run, team)
+    team.once(lambda: run.put(k, "samples", x, scale.restore))
     chi2 = walked.chi2
     close = k > 1 and not walked.relaxed and not plan.strata and chi2 is not None and team.lead(closes, k, plan, those_of(data, rows), chi2)
     pairs = over_relaxed(pairs) if close else pairs
@@ -101,7 +102,9 @@ def walk_all(
     k: int, data: Data, rows: Tensor | None, prior: Prior, scale: Scale, plan: Plan, run: RunFolder, listener: Listener, team: Team
 ) -> Walked:  # fmt: skip
     """The E-step of the observations at `rows`, None for all; each process walks its part of them."""
-    some, mine, store = those_of(data, rows), team.rows(len(data), rows), lambda name, shape: run.scratch(k, team.mark(name), shape)
+    some, mine, here = those_of(data, rows), team.rows(len(data), rows), torch.device(plan.device)
+    filed = lambda name, shape: run.scratch(k, team.mark(name), shape)  # noqa: E731
+    store = mirrored(filed, here) if team.alone else filed
     own, seed = those_of(data, mine), team.seed(plan.seed)
     relax = k > 1 and spreads(k, plan, run.figure(k - 1, "sample_std"), scale)
     bar = listener.phase(f"round {k}: E-step", len(own))
@@ -120,7 +123,8 @@ def walk_all(
     chi2, share = team.lead(followed, some, draws), None
     if plan.strata and k > 1 and not relax:
         bar, draw = listener.phase(f"round {k}: strata", 2 * len(own)), stream(seed, "strata", k, device=plan.device)
-        part, share = relaxed_by_strata(walker, own, part, draw, store, walk.batch, team.total, bar)
+        made = held_near(filed, here) if team.alone else filed
+        part, share = relaxed_by_strata(walker, own, part, draw, made, walk.batch, team.total, bar)
         draws = of_all(k, part, run, team, "relaxed_")
     return Walked(over_relaxed(draws) if relax else draws, relax, level, chi2, share)
 
@@ -141,13 +145,12 @@ def merged(
     end = lambda y: y + extra * torch.randn(y.shape, generator=draw) if extra else y  # noqa: E731
     x = draws.x if draws.sample is None else draws.sample
     if rows is None:
-        team.once(lambda: fill(run.new_array(k, "chains", draws.y.shape), draws.y, end).close())
+        team.once(lambda: run.put(k, "chains", draws.y, end))
         return x, drawn(draws)
 
     def write() -> None:
         ends = fill(run.scratch(k, "ends", draws.y.shape), draws.y, end).commit()
-        chains = in_place(rows, ends, ~draws.kept, run.array(k - 1, "chains"))
-        fill(run.new_array(k, "chains", chains.shape), chains, lambda y: y).close()
+        run.put(k, "chains", in_place(rows, ends, ~draws.kept, run.array(k - 1, "chains")))
 
     team.once(write)
     x = in_place(rows, x, ~draws.kept, run.array(k - 1, "samples").map(scale.standardise))

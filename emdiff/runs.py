@@ -23,13 +23,16 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
+from emdiff.behind import Behind
 from emdiff.changes import FREE, Config, differences, refuse, versions
 from emdiff.errors import UsageError
 from emdiff.files import remove_leftovers, sha256, write_json, write_text
 from emdiff.folder import RunFolder
 from emdiff.lock import Lock
 from emdiff.reading import number, read_json, read_text
+from emdiff.rows import Array, Rows, fill
 from emdiff.verdict import best_iteration
 from emdiff.written import NewArray
 
@@ -53,6 +56,7 @@ class Run(RunFolder):
         defaults: what it is where the user says nothing: a setting that an older run does not know had its default there.
         say: Told of what is odd and not wrong.
         processes: That work on it together, of which this is the first.
+        behind: Write and sum the arrays of a round while this process goes on, for where a GPU works meanwhile.
 
     Raises:
         UsageError: if the folder holds something else, another process's run, or a run with another configuration, other observations or files
@@ -61,9 +65,10 @@ class Run(RunFolder):
 
     def __init__(
         self, path: Path, config: Config, observations: Path | str, needed: int = 0, given: Config | None = None, defaults: Config | None = None,
-        say: Callable[[str], None] = print, free: tuple[str, ...] = FREE, processes: int = 1,
+        say: Callable[[str], None] = print, free: tuple[str, ...] = FREE, processes: int = 1, behind: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(path)
+        self.later, self.sums = Behind(behind), dict[Path, str]()
         _check_space(path, needed)
         identity = observations if isinstance(observations, str) else sha256(observations)
         about = {**versions(), "threads": torch.get_num_threads(), "processes": processes, "observations_sha256": identity}
@@ -111,6 +116,7 @@ class Run(RunFolder):
 
     def close(self) -> None:
         """Let others have the folder."""
+        self.later.close()
         self.lock.release()
 
     def __enter__(self) -> Run:
@@ -134,16 +140,29 @@ class Run(RunFolder):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         return self.round_path(k)
 
-    def new_array(self, k: int, name: str, shape: tuple[int, ...]) -> NewArray:
-        """An array (N, ...) of round k, to be filled; `commit` gives it its name."""
-        return NewArray(self.round_path(k) / f"{name}.npy", shape)
+    def put(self, k: int, name: str, source: Array, change: Callable[[Tensor], Tensor] = lambda rows: rows) -> None:
+        """Write an array of round k: the rows of `source` (N, ...) after a change of each, which is made on the CPU. `array` and `finish` wait for
+        it, and raise what writing it raises."""
+        path, source = self.round_path(k) / f"{name}.npy", source.cpu() if isinstance(source, Tensor) else source
+
+        def write() -> None:
+            fill(NewArray(path, tuple(source.shape)), source, change).close()
+            self.sums[path] = sha256(path)
+
+        self.later(write)
+
+    def array(self, k: int, name: str) -> Rows | None:
+        """An array of round k, or None where it has none."""
+        self.later.settle()
+        return super().array(k, name)
 
     def finish(self, k: int, metrics: dict[str, Any]) -> None:
         """Declare round k complete, and drop its scratch, its states and the chains of the round before it."""
+        self.later.settle()
         folder = self.round_path(k)
         states = self._states(k)
         files = [p for p in sorted(folder.glob("[a-z]*")) if p.suffix in (".npy", ".safetensors") and p not in states]
-        write_text(folder / SUMS, "".join(f"{sha256(p)}  {p.name}\n" for p in files))
+        write_text(folder / SUMS, "".join(f"{self.sums.pop(p, None) or sha256(p)}  {p.name}\n" for p in files))
         write_json(folder / "metrics.json", metrics)
         self._write_table()
         self._drop(k)

@@ -96,7 +96,7 @@ class Watch(pl.Callback):
         Raises:
             Diverged: if it is not finite, or far above them.
         """
-        done = len(module.losses)
+        done, average = len(module.losses), copy.deepcopy(module.average.state_dict())  # while the device still works
         losses = torch.stack(module.losses[(done - 1) // WINDOW * WINDOW :])
         finite = torch.stack(torch._foreach_norm(list(module.average.parameters()), math.inf)).isfinite().all()
         mean, self.last, finite = torch.stack([losses.mean(), losses[-1], finite.to(losses)]).tolist()
@@ -108,7 +108,7 @@ class Watch(pl.Callback):
             raise Diverged(f"the training loss rose to {mean:.4g} from {self.level:.4g}")
         self.first = mean if self.first is None else self.first
         self.level = mean if self.level is None else 0.9 * self.level + 0.1 * mean
-        self.good = (done, copy.deepcopy(module.average.state_dict()))
+        self.good = (done, average)
 
     def save(self, module: Learner) -> None:
         """Write the state, if there is a file for it; in a team, all have to be here."""

@@ -6,8 +6,9 @@
     python scripts/bench_gpu.py figures --out RUN --observations noisy.npz --clean PRIOR     Frechet distances of a run of digits; needs no GPU
 
 "Busy" is the share of time in which a kernel ran, as nvidia-smi reports it (utilization.gpu), the mean of samples a fifth of a second apart from the
-command's first sign of the GPU to its end; by round, from the run's own times. Frechet distances are those of bench_noisy_mnist: to the 60,000 clean
-training digits, in the features of mnist_features, of 3,000 posterior samples (of the first observations) and 2,000 prior samples.
+command's first sign of the GPU to its end; by round, and by its E-step, M-step and figures, from the run's own times. Frechet distances are those of
+bench_noisy_mnist: to the 60,000 clean training digits, in the features of mnist_features, of 3,000 posterior samples (of the first observations) and
+2,000 prior samples.
 """
 
 from __future__ import annotations
@@ -151,6 +152,12 @@ def measure_fit(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
         metrics = json.loads((folder / "metrics.json").read_text())
         keys = ("iter", "chi2", "std_ratio", "error", "observation_agreement", "prior_std", "restarted", "seconds", "seconds_e", "seconds_m")
         rows.append({key: metrics[key] for key in keys if key in metrics} | {"busy": meter.between(first, last)[0] / 100})
+        if "seconds_m" in metrics:
+            begun_m = last - metrics["seconds"] + metrics["seconds_e"]
+            ended_m = begun_m + metrics["seconds_m"]
+            parts = {"busy_e": (last - metrics["seconds"], begun_m), "busy_m": (begun_m, ended_m), "busy_figures": (ended_m, last)}
+            rows[-1] |= {name: meter.between(*ends)[0] / 100 for name, ends in parts.items()}
+            rows[-1]["seconds_between"] = last - first - metrics["seconds"]
         print({key: round(value, 4) for key, value in rows[-1].items()}, flush=True)
     used = next((at for at, use, _ in meter.samples if use > 0), begun)
     busy, memory = meter.between(used, ended)

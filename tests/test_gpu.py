@@ -19,6 +19,7 @@ from emdiff.cli import main
 from emdiff.compiled import compiled
 from emdiff.data import Observations
 from emdiff.em import Draws, Walk, e_step
+from emdiff.files import sha256
 from emdiff.guidance import PosteriorDenoiser
 from emdiff.learner import Learner, Step
 from emdiff.mdae import MDAE
@@ -230,17 +231,23 @@ def test_training_on_clean_data_near_and_far(tmp_path: Path, monkeypatch: pytest
         torch.testing.assert_close(a, b, rtol=0.02, atol=2e-3)
 
 
-@pytest.mark.parametrize("kind", ["noise", "mask", "blur"])
+@pytest.mark.parametrize("kind", ["noise", "mask", "blur", "turns", "unknown"])
 def test_fit_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """The command from end to end; what it leaves is read on a CPU."""
     monkeypatch.chdir(tmp_path)
     x = images(400)
-    data = observed(kind, x)
+    data = observed({"turns": "noise", "unknown": "noise"}.get(kind, kind), x)
+    more = {"turns": ["--train.refresh", "150"], "unknown": ["--noise-std", "auto"]}.get(kind, [])
     arrays = {name: value.numpy() for name, value in data.observer.arrays().items()}
-    observer, noise = {"noise": ("identity", 0.7), "mask": ("mask", 0.3), "blur": ("blur", 0.2)}[kind]
+    observer, noise = {"mask": ("mask", 0.3), "blur": ("blur", 0.2)}.get(kind, ("identity", 0.7))
     np.savez("obs.npz", obs=data.obs.numpy(), observer=observer, noise_std=np.float32(noise), shape=[8, 8], x=x.numpy(), **arrays)
     for iters in ("1", "2"):
-        main(["fit", "--observations", "obs.npz", "--iters", iters, "--out", "run", *SHORT])
+        main(["fit", "--observations", "obs.npz", "--iters", iters, "--out", "run", *SHORT, *more])
+    folder = Path("run/round_002")
+    for line in (folder / "sha256.txt").read_text().splitlines():  # what was written, and summed, behind the training
+        digest, _, name = line.partition("  ")
+        assert sha256(folder / name) == digest and (name != "samples.npy" or np.load(folder / name).shape == (400, 8, 8))
+    assert (folder / "chains.npy").is_file() and (folder / "samples.npy").is_file()
     main(["evaluate", "--run", "run", "--observations", "obs.npz", "--samples", "4", "--count", "50", "--device", "cuda"])
     main(["sample", "--run", "run", "--count", "8", "--out", "s.npz", "--device", "cpu"])
     prior = load_prior(Path("run/round_002/prior.safetensors"), "cpu")
