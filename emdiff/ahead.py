@@ -4,6 +4,7 @@ the GPU (near), each is read when it is needed."""
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,9 @@ from torch import Tensor
 
 DEPTH = 2
 """Batches read beyond the one in use."""
+
+PINNING = threading.Lock()
+"""Held while a thread pins memory, and while a graph is captured (graphs): CUDA refuses the one during the other."""
 
 Key = TypeVar("Key")
 
@@ -55,7 +59,9 @@ def _threaded(read: Callable[[Key], Any], keys: Iterator[Key], device: torch.dev
     """Batches read by a thread."""
 
     def pinned(key: Key) -> Any:
-        return mapped(read(key), lambda tensor: tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor)
+        batch = read(key)
+        with PINNING:
+            return mapped(batch, lambda tensor: pin(tensor) if device.type == "cuda" and tensor.device.type == "cpu" else tensor)
 
     here = {} if device.type != "cuda" else {"initializer": torch.cuda.set_device, "initargs": (torch.cuda.current_device(),)}
     reader = ThreadPoolExecutor(1, "ahead", **here)
@@ -68,6 +74,11 @@ def _threaded(read: Callable[[Key], Any], keys: Iterator[Key], device: torch.dev
             del batch
     finally:
         reader.shutdown(cancel_futures=True)
+
+
+def pin(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory."""
+    return tensor.pin_memory()
 
 
 def moved(batch: Any, device: torch.device) -> Any:

@@ -16,6 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from emdiff.ahead import PINNING
+
 Warn = Callable[[str], None]
 
 
@@ -56,7 +58,7 @@ class Replayed(nn.Module):
         if quiet is not None:  # capturing leaves gradients to be added on a stream of its own, for which autograd waits as it should
             quiet(False)
         try:
-            with torch.autocast("cuda", precision, enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
+            with PINNING, torch.autocast("cuda", precision, enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
                 return torch.cuda.make_graphed_callables(shared, (z.clone(), c.clone()))
         except Exception as error:  # noqa: BLE001 - whatever it is, the training goes on without
             self.warn(f"training without CUDA graphs ({first_line(error)})")

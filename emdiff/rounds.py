@@ -104,7 +104,7 @@ def walk_all(
     """The E-step of the observations at `rows`, None for all; each process walks its part of them."""
     some, mine, here = those_of(data, rows), team.rows(len(data), rows), torch.device(plan.device)
     filed = lambda name, shape: run.scratch(k, team.mark(name), shape)  # noqa: E731
-    store = mirrored(filed, here) if team.alone else filed
+    store = mirrored(filed, here) if team.alone and rows is None else filed  # with turns, files are written from files
     own, seed = those_of(data, mine), team.seed(plan.seed)
     relax = k > 1 and spreads(k, plan, run.figure(k - 1, "sample_std"), scale)
     bar = listener.phase(f"round {k}: E-step", len(own))
@@ -123,7 +123,7 @@ def walk_all(
     chi2, share = team.lead(followed, some, draws), None
     if plan.strata and k > 1 and not relax:
         bar, draw = listener.phase(f"round {k}: strata", 2 * len(own)), stream(seed, "strata", k, device=plan.device)
-        made = held_near(filed, here) if team.alone else filed
+        made = held_near(filed, here) if team.alone and rows is None else filed
         part, share = relaxed_by_strata(walker, own, part, draw, made, walk.batch, team.total, bar)
         draws = of_all(k, part, run, team, "relaxed_")
     return Walked(over_relaxed(draws) if relax else draws, relax, level, chi2, share)

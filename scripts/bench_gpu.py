@@ -43,21 +43,24 @@ from observers import Identity, Mask
 
 SHAPE = (28, 28)
 
+COUNT = 10_000
+"""Pairs in files, or on the GPU, in measurements of steps."""
 
-def network(maps: bool) -> MDAE:
-    """The U-Net that `emdiff fit` chooses for digits, untrained."""
+
+def network(maps: bool, shape: tuple[int, ...] = SHAPE) -> MDAE:
+    """The U-Net that `emdiff fit` chooses for images of a shape, untrained."""
     torch.manual_seed(0)
-    return set_precision(build_network(SHAPE, **choose_network(SHAPE, maps, gain=True)), "cuda")
+    return set_precision(build_network(shape, **choose_network(shape, maps, gain=True)), "cuda")
 
 
 HOW = ("plain", "graphs", "ahead", "by row")
 """Kernel by kernel, or replayed, on pairs that lie on the GPU; replayed on pairs in files, read ahead of their use or when they are needed."""
 
 
-def training_rate(batch: int, steps: int, maps: bool, how: str, device: str = "cuda") -> float:
+def training_rate(batch: int, steps: int, maps: bool, how: str, shape: tuple[int, ...] = SHAPE, device: str = "cuda") -> float:
     """Training images per second on random pairs, after the first quarter; `how` is one of HOW."""
     ticks, g = list[float](), torch.Generator().manual_seed(0)
-    x = torch.randn(20_000, *SHAPE, generator=g)
+    x = torch.randn(COUNT, *shape, generator=g)
     levels = torch.where(torch.rand(x.shape, generator=g) < 0.25, 0.3, math.inf) if maps else None
     with tempfile.TemporaryDirectory() as folder, ExitStack() as changed:
         filed = how in HOW[2:]
@@ -69,7 +72,7 @@ def training_rate(batch: int, steps: int, maps: bool, how: str, device: str = "c
         if how == "by row":
             changed.enter_context(patch("emdiff.ahead.goes_on", lambda device: False))
         loss, tick = PairLoss(Draws(x, x, 0.0), 0.1, levels, carried=filed), lambda *_: ticks.append(time.perf_counter())
-        train(network(maps), loss, len(x), steps, batch, device=device, progress=tick)
+        train(network(maps, shape), loss, len(x), steps, batch, device=device, progress=tick)
     first = len(ticks) // 4  # a tick every 20 steps, and one at the end
     return batch * 20 * (len(ticks) - 2 - first) / (ticks[-2] - ticks[first])
 
@@ -103,10 +106,10 @@ def measure_steps(args: argparse.Namespace) -> dict[str, Any]:
         kind = "maps" if maps else "levels"
         for batch in args.batches:
             for how in HOW:
-                rate = training_rate(batch, args.steps, maps, how)
+                rate = training_rate(batch, args.steps, maps, how, (args.side, args.side))
                 found[f"train {kind} {batch} {how}"] = rate
                 print(f"training, {kind:<7} batch {batch:5d} {how:<7} {rate:10.0f} images/s, {1e3 * batch / rate:.2f} ms", flush=True)
-        for batch in (1024, 4096, 16384):
+        for batch in (1024, 4096, 16384) if args.side == 28 else ():
             rate = walking_rate(batch, maps)
             found[f"walk {kind} {batch}"] = rate
             print(f"walking,  {kind:<7} batch {batch:5d}         {rate:10.0f} images/s", flush=True)
@@ -199,6 +202,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data/mnist.npz"))
     parser.add_argument("--batches", type=int, nargs="+", default=[128, 512, 2048])
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--side", type=int, default=28, help="of the images in training steps")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     args, rest = parser.parse_known_args()
     if args.part == "figures":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,15 @@ def test_rows_read_ahead_come_by_pinned_memory_behind_the_work_in_hand(monkeypat
     pinned.clear()
     list(ahead.ahead(lambda i: x.to(CUDA)[i.to(CUDA)], torch.arange(20).split(4), CUDA))
     assert pinned == [False] * 5
+
+
+def test_graphs_are_captured_while_a_thread_reads(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It pins memory every few milliseconds, for a second, which CUDA refuses during a capture."""
+    monkeypatch.setattr(ahead, "DEPTH", 200)
+    x = images(400)
+    slow = Rows(tuple(x.shape), lambda index: (time.sleep(0.005), x[index])[1])
+    assert math.isfinite(train(network(), PairLoss(Draws(slow, slow, 0.0), 0.1), len(x), 40, 64, device="cuda").loss)
+    assert "without CUDA graphs" not in capsys.readouterr().err
 
 
 def test_rows_that_lie_near_are_picked_without_a_wait() -> None:

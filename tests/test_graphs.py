@@ -7,6 +7,7 @@ import torch
 from exact import C, Z, unet
 from torch import Tensor
 
+from emdiff import ahead
 from emdiff.graphs import Replayed, replayed
 from emdiff.mdae import MDAE
 
@@ -50,6 +51,21 @@ def test_gradients_reach_the_weights_that_the_optimiser_has(monkeypatch: pytest.
     assert len(seen) == 1, "the network's own forward is not replaced"
     for mine, weight in zip(got, net.parameters()):
         torch.testing.assert_close(mine, weight.grad)
+
+
+def test_nothing_is_pinned_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA refuses to pin memory meanwhile, to every thread."""
+    held: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda module, example: (held.append(ahead.PINNING.locked()), module)[1])
+    Replayed(unet(), pytest.fail)(Z, C)
+    assert held == [True] and not ahead.PINNING.locked()
+    monkeypatch.setattr(ahead, "goes_on", lambda device: True)
+    monkeypatch.setattr(ahead, "moved", lambda batch, device: batch)
+    monkeypatch.setattr(ahead, "pin", lambda tensor: (held.append(ahead.PINNING.locked()), tensor)[1])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    assert len(list(ahead.ahead(lambda i: Z[i], range(3), torch.device("cuda")))) == 3
+    assert held == [True] * 3 and not ahead.PINNING.locked()
 
 
 def test_a_capture_that_fails_costs_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
