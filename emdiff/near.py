@@ -29,7 +29,8 @@ def near(array: Array, device: torch.device) -> Array:
     True
     """
     first = array[0:1]
-    if getattr(array, "device", None) == first.device == device or math.prod(array.shape) * first.element_size() > room(device):
+    is_there = isinstance(array, Tensor) and first.device.type == device.type
+    if is_there or math.prod(array.shape) * first.element_size() > room(device):
         return array
     there = torch.empty(array.shape, dtype=first.dtype, device=device)
     for part in row_spans(array):

@@ -157,6 +157,8 @@ def test_near_is_what_was_far() -> None:
     x = torch.randn(5000, 3, 4, generator=generator())
     far = Rows((5000, 3, 4), x.__getitem__)
     assert near(far, CUDA).device.type == "cuda" and torch.equal(near(far, CUDA).cpu(), x)
+    there = x.to(CUDA)
+    assert near(there, CUDA) is there
     data = observed("mask", images())
     moved = near_data(data, CUDA)
     assert moved.obs.device.type == "cuda" and torch.equal(moved.rows(slice(3, 7)).obs.cpu(), data.obs[3:7])

@@ -102,9 +102,10 @@ def test_an_array_near_goes_on_with_what_its_file_holds(tmp_path: Path) -> None:
 def test_rows_that_are_chosen_from_an_array_near_are_brought_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that steps of a training pick theirs by indices there."""
     monkeypatch.setattr(near, "room", lambda device: 10**6)
-    rows = Rows((3, 2), torch.arange(6.0).reshape(3, 2).__getitem__)
-    rows.device = None  # its rows lie there, it does not
-    assert isinstance(near.near(rows, CPU), torch.Tensor)
+    x = torch.arange(6.0).reshape(3, 2)
+    found = near.near(Rows((3, 2), x.__getitem__), CPU)
+    assert isinstance(found, torch.Tensor) and torch.equal(found, x)
+    assert near.near(x, CPU) is x
 
 
 def test_work_behind_is_done_in_turn_in_a_thread_and_waited_for() -> None:
