@@ -139,7 +139,7 @@ def first_of(config: Config, defaults: Config, forked: str | None, data: Data, d
     needed = 4 * (plan.iters + 6) * len(data) * math.prod(data.shape)
     behind = team.alone and goes_on(torch.device(plan.device))
     with Run(out, resolved, path, needed, config, defaults, processes=team.size, behind=behind) as run:
-        interrupt.at_the_end(run.close)
+        interrupt.at_the_end(run.lock.release)
         interrupt.check()
         print_plan(data, scale, plan, reasons, out, run.finished())
         if not team.alone:
