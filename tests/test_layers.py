@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
-    {"errors", "streams", "ahead", "settings", "meanings", "charts", "flow", "chain_figures", "classifier"},
+    {"errors", "streams", "ahead", "behind", "settings", "meanings", "charts", "flow", "chain_figures", "classifier"},
     {"interrupt"},
     {"launch"},
     {"files", "processes", "measurement", "linalg", "reading", "checks", "console"},
