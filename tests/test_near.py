@@ -6,6 +6,7 @@ import functools
 import hashlib
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +18,12 @@ from emdiff.behind import Behind
 from emdiff.cli import main
 from emdiff.data import Observations
 from emdiff.errors import UsageError
+from emdiff.fit import current_data
 from emdiff.near import Mirrored
 from emdiff.observations import write_observations
 from emdiff.rows import Rows
 from emdiff.runs import SUMS, Run
+from emdiff.scale import Scale
 from emdiff.written import NewArray
 from observers import Identity, Mask
 
@@ -85,6 +88,33 @@ def test_a_fit_whose_arrays_lie_near_is_one_whose_arrays_do_not(
             digest, _, name = line.partition("  ")
             file = Path("near") / (f"round_{k:03d}" if k else "start") / name
             assert not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() == digest
+
+
+@pytest.mark.parametrize("where", ["plain", "roomy"])
+def test_samples_are_written_in_the_units_of_the_observations(tmp_path: Path, request: pytest.FixtureRequest, where: str) -> None:
+    if where == "roomy":
+        request.getfixturevalue(where)
+    x, made = 30 + 5 * normal(90, 3).float(), Identity((3,), torch.tensor(0.5))
+    write_observations(tmp_path / "obs.npz", Observations(made.simulate(x, torch.Generator().manual_seed(2)), made))
+    command = ["fit", "--observations", str(tmp_path / "obs.npz"), "--iters", "2", "--device", "cpu", "--start", "self-supervised"]
+    main([*command, *SHORT, "--out", str(tmp_path / "run")])
+    for folder in ("start", "round_001", "round_002"):
+        assert abs(np.load(tmp_path / "run" / folder / "samples.npy").mean() - 30) < 3, folder
+    assert abs(np.load(tmp_path / "run" / "round_002" / "chains.npy").mean()) < 1
+
+
+def test_each_round_takes_the_noise_that_the_one_before_it_left() -> None:
+    data = Observations(normal(20, 3).float(), Identity((3,), torch.tensor(0.5)))
+    known, unknown = (SimpleNamespace(level=level, device="cpu") for level in (None, 0.5))
+    run = SimpleNamespace(figure=lambda k, name: 0.6 + 0.1 * k)
+    found, current = [], None
+    for k in range(4):
+        current = current_data(k, data, current, Scale(0.0, 2.0), unknown, run)
+        found.append([float(some.rows(slice(0, 1)).observer.std().flatten()[0]) for some in (current.given, current.near, current.standard)])
+    assert np.allclose(found, [[n, n, n / 2] for n in (0.5, 0.6, 0.7, 0.8)])
+    first = current_data(0, data, None, Scale(0.0, 2.0), known, run)
+    second = current_data(1, data, first, Scale(0.0, 2.0), known, run)
+    assert second is not first and second.started and current_data(2, data, second, Scale(0.0, 2.0), known, run) is second
 
 
 def test_an_array_near_goes_on_with_what_its_file_holds(tmp_path: Path) -> None:
