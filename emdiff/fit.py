@@ -80,7 +80,7 @@ def end_round(
     if k == 0 and plan.level is not None:
         metrics["noise_std"] = plan.level
     save_prior(run.round_path(k) / "prior.safetensors", prior)
-    if k == 0:
+    if k == 0:  # other rounds put theirs before they train
         run.put(0, "samples", x, scale.restore)
     samples = run.array(k, "samples")
     pictures = {"samples": samples[:64]}

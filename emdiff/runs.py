@@ -141,8 +141,12 @@ class Run(RunFolder):
         return self.round_path(k)
 
     def put(self, k: int, name: str, source: Array, change: Callable[[Tensor], Tensor] = lambda rows: rows) -> None:
-        """Write an array of round k: the rows of `source` (N, ...) after a change of each, which is made on the CPU. `array` and `finish` wait for
-        it, and raise what writing it raises."""
+        """Write an array of round k: the rows of `source` (N, ...) after a change of each, which is made on the CPU, as float32, and sum its file.
+        With `behind`, `array` and `finish` wait for that, and raise what it raises.
+
+        Raises:
+            UsageError: The disk is full, or the folder cannot be written.
+        """
         path, source = self.round_path(k) / f"{name}.npy", source.cpu() if isinstance(source, Tensor) else source
 
         def write() -> None:

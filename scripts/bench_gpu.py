@@ -109,7 +109,7 @@ def measure_steps(args: argparse.Namespace) -> dict[str, Any]:
                 rate = training_rate(batch, args.steps, maps, how, (args.side, args.side))
                 found[f"train {kind} {batch} {how}"] = rate
                 print(f"training, {kind:<7} batch {batch:5d} {how:<7} {rate:10.0f} images/s, {1e3 * batch / rate:.2f} ms", flush=True)
-        for batch in (1024, 4096, 16384) if args.side == 28 else ():
+        for batch in (1024, 4096, 16384) if args.side == SHAPE[0] else ():
             rate = walking_rate(batch, maps)
             found[f"walk {kind} {batch}"] = rate
             print(f"walking,  {kind:<7} batch {batch:5d}         {rate:10.0f} images/s", flush=True)
