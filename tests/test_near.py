@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import signal
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from exact import normal
+from test_survive_train import until_done
 
 from emdiff import commands_fit, near, plan
 from emdiff.behind import Behind
@@ -19,6 +21,7 @@ from emdiff.cli import main
 from emdiff.data import Observations
 from emdiff.errors import UsageError
 from emdiff.fit import current_data
+from emdiff.interrupt import Stopped
 from emdiff.near import Mirrored
 from emdiff.observations import write_observations
 from emdiff.rows import Rows
@@ -88,6 +91,30 @@ def test_a_fit_whose_arrays_lie_near_is_one_whose_arrays_do_not(
             digest, _, name = line.partition("  ")
             file = Path("near") / (f"round_{k:03d}" if k else "start") / name
             assert not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() == digest
+
+
+def test_a_fit_that_writes_behind_and_is_stopped_goes_on_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:  # fmt: skip
+    """Stopped again and again, within walks and trainings, while the thread writes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plan, "Plan", functools.partial(plan.Plan, prior_samples=8))
+    observe(Path("obs.npz"), "image")
+    command = ["fit", "--observations", "obs.npz", "--iters", "3", "--device", "cpu", *SHORT, "--walk.batch", "20", "--train.steps", "40", *KINDS["image"]]
+    main([*command, "--out", "whole"])
+    request.getfixturevalue("roomy")
+
+    def again() -> None:
+        try:
+            main([*command, "--out", "parts"])
+        except SystemExit as end:
+            raise Stopped(signal.SIGTERM) from end
+
+    _, lives = until_done(monkeypatch, again, 7)
+    assert lives > 5
+    for name in ("samples.npy", "chains.npy", "prior.safetensors", SUMS):
+        assert (Path("parts/round_003") / name).read_bytes() == (Path("whole/round_003") / name).read_bytes(), name
+    assert not list(Path("parts").glob("*/.*.tmp")), "what an earlier life left unfinished"
 
 
 @pytest.mark.parametrize("where", ["plain", "roomy"])
