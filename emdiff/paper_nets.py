@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from emdiff.nn import level_features
+from emdiff.nn import LAYOUTS, level_features
 
 TABLE1 = {
     "down": [(6, 0, 64, 64), (5, 64, 128, 128), (4, 128, 128, 256), (3, 256, 256, 512), (3, 512, 256, 512)],
@@ -85,12 +85,14 @@ class U2Net(nn.Module):
         self.up = nn.ModuleList(RSU(height, 2 * wide(inp // 2), *map(wide, rest)) for height, inp, *rest in TABLE1["up"])
         self.side = nn.ModuleList(nn.Conv2d(wide(spec[3]), channels, 3, padding=1) for spec in [TABLE1["down"][-1], *TABLE1["up"]])
         self.fuse = nn.Conv2d(len(self.side) * channels, channels, 1)
+        self.to(memory_format=LAYOUTS[2])
 
     def forward(self, z: Tensor, c: Tensor) -> Tensor:
         """z (B, *shape), c (B or 1, ...) -> (B, *shape)."""
         h = z.reshape(len(z), -1, *self.shape[-2:])
         if self.levels:
             h = torch.cat([h, level_channels(c, h)], dim=1)
+        h = h.contiguous(memory_format=LAYOUTS[2])
         full, skips = h, []
         for i, stage in enumerate(self.down):
             h = stage(_pool(h) if i else h)

@@ -1,4 +1,4 @@
-"""The experiments of Multimeasurement Generative Models (Saremi & Srivastava 2022), at CPU sizes; each writes a picture and figures to --out.
+"""The experiments of Multimeasurement Generative Models (Saremi & Srivastava 2022); each writes a picture and figures to --out.
 
     python scripts/reproduce.py fig1                       Fig. 1: a mixture's M-density, log-density and score (exact, seconds)
     python scripts/reproduce.py poisson                    Sec. 2.1: estimator, learned denoiser, both walks, against Gamma priors (seconds)
@@ -11,8 +11,9 @@
     python scripts/reproduce.py lifelong --run RUN         one chain of --steps steps on MNIST
     python scripts/reproduce.py muvb --run RUN --rival RUN MDAE against MUVB: mixing and quality of chains of equal length
 
-RUN is a run folder of `emdiff train`, such as `emdiff train --config configs/mnist_cpu.yaml --data mnist --out RUN`. For other sizes train with
-another of configs/*.yaml.
+RUN is a run folder of `emdiff train`, such as `emdiff train --config configs/mnist_cpu.yaml --data mnist --out RUN`. That is the size for a CPU; the
+paper's networks have `configs/mnist_*_gpu.yaml`, for minutes of a GPU, and `configs/mnist_1x16.yaml` and the like, for days. Networks run on a GPU
+where there is one.
 Frechet distances are in 64 features of the classifier of scripts/mnist_features.py, to the 60,000 training digits; all test digits score 3.2, every
 second one 4.4.
 """
@@ -41,6 +42,7 @@ from emdiff.mixture import MixtureDenoiser
 from emdiff.models import fixed_levels
 from emdiff.nn import MLP
 from emdiff.objectives import errors
+from emdiff.plan import resolve_device
 from emdiff.poisson import GammaDenoiser, PoissonLoss, PoissonMDAE, count, exact_moments, gibbs_walk, plain_moments
 from emdiff.prior import Prior, load_prior, sample_prior
 from emdiff.runs import latest_prior
@@ -50,7 +52,13 @@ from emdiff.training import Optimiser, train
 
 def report(args: argparse.Namespace, name: str, figures: dict[str, Any], clock: float) -> None:
     """Print and write figures, with what made them."""
-    figures |= {"seconds": time.perf_counter() - clock, "seed": args.seed, "threads": torch.get_num_threads(), "run": str(args.run)}
+    figures |= {
+        "seconds": time.perf_counter() - clock,
+        "seed": args.seed,
+        "threads": torch.get_num_threads(),
+        "run": str(args.run),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+    }
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / f"{name}.json", figures)
     print(name, json.dumps(figures))
@@ -64,7 +72,7 @@ def digits(args: argparse.Namespace, part: str = "train") -> tuple[Tensor, Tenso
 
 def prior_of(args: argparse.Namespace, run: Path | None = None) -> Prior:
     """The prior of a run folder."""
-    return load_prior(latest_prior(run or args.run))
+    return load_prior(latest_prior(run or args.run), args.device)
 
 
 def fig1(args: argparse.Namespace) -> None:
@@ -130,9 +138,8 @@ def walked(denoiser: Any, y: Tensor, steps: int, spread: bool, generator: torch.
 def fig5(args: argparse.Namespace) -> None:
     """Clean, one measurement, the M outputs and the mean of the measurements; the spread of the outputs over their error."""
     clock, prior = time.perf_counter(), prior_of(args)
-    x, _ = digits(args, "test")
-    x, generator, own = x[:500], stream(args.seed, "fig5"), own_levels(prior_of(args))
-    sigma = torch.tensor(own or (1.0,) * args.measurements)
+    x, generator, own = digits(args, "test")[0][:500].to(args.device), stream(args.seed, "fig5", device=args.device), own_levels(prior)
+    sigma = torch.tensor(own or (1.0,) * args.measurements, device=args.device)
     y = measure(x, sigma, generator)
     levels = fixed_levels(prior.denoiser)
     nu = prior.scale.restore(prior.denoiser.nu(prior.scale.standardise(y), sigma / prior.scale.std if levels is None else levels))
@@ -140,7 +147,7 @@ def fig5(args: argparse.Namespace) -> None:
     error = float((nu - x[:, None]).square().flatten(2).sum(2).mean())
     rows = {"x": x, "y_1": y[:, 0], **{f"nu_{m + 1}": nu[:, m] for m in range(min(4, nu.shape[1]))}, "mean of y": y.mean(1)}
     args.out.mkdir(parents=True, exist_ok=True)
-    save_rows(args.out / "fig5.png", rows)
+    save_rows(args.out / "fig5.png", {name: row.cpu() for name, row in rows.items()})
     plug = float((y.mean(1) - x).square().flatten(1).sum(1).mean())
     report(args, "fig5", {"measurements": len(sigma), "outputs_variance": spread, "outputs_error": error, "plug_in_error": plug}, clock)
 
@@ -151,10 +158,10 @@ def losses(args: argparse.Namespace) -> None:
     clock, prior = time.perf_counter(), prior_of(args)
     levels, figures = fixed_levels(prior.denoiser), {}
     for part in ("train", "test"):
-        x = prior.scale.standardise(digits(args, part)[0][:10_000])
+        x = prior.scale.standardise(digits(args, part)[0][:10_000].to(args.device))
         for name, tau in {"1x1": 1.0, "1x4": 0.5, "1x16_quarter_1x1": 0.25}.items() if levels is None else {"own": 0.0}.items():
-            sigma = torch.tensor([tau / prior.scale.std]) if levels is None else levels
-            generator = stream(args.seed, "losses", part)
+            sigma = torch.tensor([tau / prior.scale.std], device=args.device) if levels is None else levels
+            generator = stream(args.seed, "losses", part, device=args.device)
             L = [errors(prior.denoiser, batch, measure(batch, sigma, generator), sigma).mean(1) for batch in x.split(500)]
             figures[f"{part}_{name}"] = prior.scale.std**2 * float(torch.cat(L).mean())
     report(args, "losses", figures, clock)
@@ -192,7 +199,7 @@ def quality(args: argparse.Namespace) -> None:
     if args.chain:
         with np.load(args.chain) as file:
             figures["chain"] = judge(torch.from_numpy(file["x"]))
-    x = sample_prior(prior_of(args), args.count, stream(args.seed, "quality"), count_levels=args.levels)
+    x = sample_prior(prior_of(args), args.count, stream(args.seed, "quality", device=args.device), count_levels=args.levels)
     figures["samples"] = judge(x)
     save_samples(args.out / "samples.png", x[:200], f"samples of {args.run.name}", columns=20)
     report(args, "quality", figures, clock)
@@ -215,7 +222,7 @@ def follow(
     warm = args.start == "warm" and own_levels(prior) is None
     chain = ChainWalk(sigma, delta=args.delta * min(sigma), gamma=args.gamma, step=args.step, warm_start=warm)
     x = digits(args, "test")[0][:1] if args.start == "digit" else None
-    run_chain(prior, chain, steps, every, stream(args.seed, name), figures, progress=progress, x=x)
+    run_chain(prior, chain, steps, every, stream(args.seed, name, device=args.device), figures, progress=progress, x=x)
     return torch.stack([x for _, x in figures.gallery.items]), figures.figures() | {"delta": chain.delta, "sigma": sigma[0], "M": len(sigma)}
 
 
@@ -294,7 +301,9 @@ def main() -> None:
     )
     parser.add_argument("--gamma", type=float, default=0.25)
     parser.add_argument("--step", choices=["sachs", "cheng", "overdamped"], default="sachs")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where networks run")
     args = parser.parse_args()
+    args.device = resolve_device(args.device)
     COMMANDS[args.experiment](args)
 
 

@@ -19,6 +19,7 @@ from emdiff import ahead, interrupt
 from emdiff.cli import main
 from emdiff.compiled import compiled
 from emdiff.data import Observations
+from emdiff.datasets import Dataset
 from emdiff.em import Draws, Walk, e_step
 from emdiff.files import sha256
 from emdiff.guidance import PosteriorDenoiser
@@ -26,10 +27,13 @@ from emdiff.learner import Learner, Step
 from emdiff.mdae import MDAE
 from emdiff.near import near, near_data
 from emdiff.nn import UNet
+from emdiff.objectives import OneSet
 from emdiff.pairs import PairLoss
-from emdiff.prior import load_prior, set_precision
+from emdiff.prior import build_network, load_prior, set_precision
 from emdiff.rows import Rows
-from emdiff.training import train
+from emdiff.scale import Scale
+from emdiff.train import Standardised
+from emdiff.training import Trained, train
 from observers import Blur, Identity, Mask
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: torch sees none")]
@@ -84,6 +88,26 @@ def test_training_by_graphs_is_training(monkeypatch: pytest.MonkeyPatch, maps: b
     assert not lines
     for a, b in zip(fast.parameters(), plain.parameters()):
         torch.testing.assert_close(a, b, rtol=0.02, atol=2e-3)
+
+
+def test_the_papers_network_trains_by_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A multidenoising autoencoder on a U2-Net, its measurements as channels: captured, and trained as without graphs."""
+    lines: list[str] = []
+    monkeypatch.setattr("emdiff.graphs.replayed.__defaults__", (lines.append,))
+    x, sigma = images().to(CUDA), torch.full((4,), 2.0)
+    loss = OneSet(Standardised(Dataset("images", len(x), (8, 8), x.cpu().numpy().__getitem__, ""), Scale(0.0, 1.0), device="cuda"), sigma)
+
+    def after(steps: int) -> Trained:
+        torch.manual_seed(0)
+        net = {"kind": "u2net", "width": 0.125}
+        made = build_network((8, 8), kind="mdae", net=net, levels=sigma.tolist(), metaencoder=None, spectral=False)
+        return train(set_precision(made, "cuda"), loss, len(x), steps, 64, 3e-3, device="cuda")
+
+    fast = after(100)
+    monkeypatch.setattr("emdiff.learner.replayed", lambda denoiser: denoiser)
+    plain = after(100)
+    assert not lines and fast.denoiser.bf16
+    assert fast.loss == pytest.approx(plain.loss, rel=0.05) and fast.loss < 0.5 * after(1).loss
 
 
 def test_graphs_are_used(monkeypatch: pytest.MonkeyPatch) -> None:

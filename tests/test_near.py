@@ -100,7 +100,8 @@ def test_a_fit_that_writes_behind_and_is_stopped_goes_on_to_the_same_bits(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plan, "Plan", functools.partial(plan.Plan, prior_samples=8))
     observe(Path("obs.npz"), "image")
-    command = ["fit", "--observations", "obs.npz", "--iters", "3", "--device", "cpu", *SHORT, "--walk.batch", "20", "--train.steps", "40", *KINDS["image"]]
+    command = ["fit", "--observations", "obs.npz", "--iters", "3", "--device", "cpu", *SHORT]
+    command += ["--walk.batch", "20", "--train.steps", "40", *KINDS["image"]]
     main([*command, "--out", "whole"])
     request.getfixturevalue("roomy")
 
