@@ -256,15 +256,19 @@ def test_training_on_rows_of_a_file_is_training_on_rows_that_lie_near(maps: bool
 
 
 def test_training_on_clean_data_near_and_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`emdiff train` keeps bytes on the GPU, or reads them by row: the same loss."""
+    """`emdiff train` keeps bytes on the GPU, or reads them by row: the same denoiser. Its estimates are compared, not its weights, of which a few end
+    elsewhere when gradients differ by what bfloat16 rounds: on a CPU estimates then differ by 2e-5 of their variance, after one wrong batch by
+    1.2e-4."""
     monkeypatch.chdir(tmp_path)
-    np.save("x.npy", (255 * torch.rand(300, 8, 8, generator=generator())).byte().numpy())
+    np.save("x.npy", (40 * images() + 128).clamp(0, 255).byte().numpy())
+    y, estimates = torch.randn(64, 1, 8, 8, generator=generator()), []
     for out, share in (("near", 0.25), ("far", 0.0)):
         monkeypatch.setattr("emdiff.near.SHARE", share)
         main(["train", "--data", "x.npy", "--out", out, "--train.steps", "40", "--train.batch", "32", "--train.rounds", "2", *QUIET])
-    one, other = (load_prior(Path(out) / "prior.safetensors", "cpu").denoiser for out in ("near", "far"))
-    for a, b in zip(one.parameters(), other.parameters()):
-        torch.testing.assert_close(a, b, rtol=0.02, atol=2e-3)
+        with torch.no_grad():
+            estimates.append(load_prior(Path(out) / "prior.safetensors", "cpu").denoiser.xhat(y, torch.ones(1)))
+    near_data, far_data = estimates
+    assert (near_data - far_data).square().mean() < 6e-5 * near_data.var()
 
 
 @pytest.mark.parametrize("kind", ["noise", "mask", "blur", "turns", "unknown"])
