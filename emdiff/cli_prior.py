@@ -83,7 +83,7 @@ def sample(
     """Draw unconditional samples from a run's prior, and a picture of them; or follow one long chain.
 
     Args:
-        run: Run folder of `emdiff fit` or `emdiff train`.
+        run: Run folder of `emdiff fit` or `emdiff train`, or a prior's file.
         count: Number of samples.
         out: File to write, .npz with x in the units of the data; the picture gets its name with .png, figures of a chain with .json.
         levels: Noise levels of the walk; more is slower and more exact.
@@ -137,7 +137,7 @@ def denoise(
     """Denoise in a single step, E[x | obs], or follow the flow to the attractor of each observation (associative memory).
 
     Args:
-        run: Run folder of `emdiff fit` or `emdiff train`.
+        run: Run folder of `emdiff fit` or `emdiff train`, or a prior's file.
         observations: File of observations that are measurements of x (noise, or masks and noise).
         out: File to write, .npz with x (N, *S); with the flow also attractor (N, *S), steps and converged (N,); the picture gets its name with .png.
         flow: Follow y <- y + rate (E[x | y] - y) at the level of the noise until it stands still.

@@ -20,6 +20,7 @@ from emdiff.errors import UsageError
 from emdiff.evaluate import Evaluation, Task, drifts, evaluate, ratios, write_evaluation
 from emdiff.features import feature_module
 from emdiff.figures import is_image, save_rows
+from emdiff.finished import latest_prior, round_metrics, round_of
 from emdiff.observations import open_data, open_truth
 from emdiff.plan import resolve_device
 from emdiff.posterior import STEADY, check_levels, check_shape, run_bound, run_walk, sample_posterior, settled, steady
@@ -27,7 +28,6 @@ from emdiff.prior import Prior, check_any_level, load_prior
 from emdiff.reading import read_json, read_yaml
 from emdiff.report import write_report
 from emdiff.rows import BLOCK, Rows, spans
-from emdiff.runs import latest_prior, round_metrics, round_of
 from emdiff.streams import stream
 from emdiff.track import Tracker
 from emdiff.written import NewArchive

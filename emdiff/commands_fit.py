@@ -16,6 +16,7 @@ from emdiff.changes import fork
 from emdiff.console import Bars
 from emdiff.data import Data
 from emdiff.figures import save_progress, save_rows, save_samples
+from emdiff.finished import latest_prior
 from emdiff.fit import run_fit
 from emdiff.folder import RunFolder
 from emdiff.identify import blind_spots
@@ -26,7 +27,7 @@ from emdiff.outline import Plan
 from emdiff.plan import Config, check_shares, default_name, make_plan, print_plan, read_init_prior, resolve_device, resolved_config
 from emdiff.processes import Team, joined
 from emdiff.report import write_report
-from emdiff.runs import Run, latest_prior
+from emdiff.runs import Run
 from emdiff.scale import Scale, estimate_scale
 from emdiff.streams import stream
 from emdiff.track import Tracker

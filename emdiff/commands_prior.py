@@ -20,11 +20,12 @@ from emdiff.datasets import open_dataset
 from emdiff.errors import UsageError
 from emdiff.figures import save_progress, save_rows, save_samples
 from emdiff.files import write_arrays, write_json
+from emdiff.finished import prior_of
 from emdiff.flow import flow
 from emdiff.plan import resolve_device
 from emdiff.posterior import check_shape
 from emdiff.prior import load_prior, sample_prior
-from emdiff.runs import Run, latest_prior
+from emdiff.runs import Run
 from emdiff.streams import stream
 from emdiff.track import Tracker
 from emdiff.train import measure_scale, run_training
@@ -86,7 +87,7 @@ def train_command(config: Config, defaults: Config) -> None:
 def sample_command(run: Path, count: int, out: Path, levels: int, steps: int | None, seed: int, device: str) -> None:
     """`emdiff sample`: by accumulating measurements, or by parallel chains where the prior has fixed levels."""
     device = resolve_device(device)
-    prior = load_prior(latest_prior(run), device)
+    prior = load_prior(prior_of(run), device)
     generator, own = stream(seed, "sample", device=device), own_levels(prior)
     many = steps or 1000
     bar = tqdm(total=count if own is None else many, desc="samples" if own is None else "steps", leave=False, file=sys.stderr)
@@ -110,7 +111,7 @@ def chain_command(
 ) -> None:
     """`emdiff sample --chain`."""
     device = resolve_device(device)
-    prior = load_prior(latest_prior(run), device)
+    prior = load_prior(prior_of(run), device)
     if prior.scale.channels:
         raise UsageError(f"{run}: this prior standardises each channel by itself, so one sigma is not one M-density; sample it without --chain")
     own = own_levels(prior)
@@ -147,7 +148,7 @@ def chain_command(
 def denoise_command(run: Path, data: Observations, out: Path, rate: float | None, steps: int, device: str) -> None:
     """`emdiff denoise`; with a rate, the flow too."""
     device = resolve_device(device)
-    prior = load_prior(latest_prior(run), device)
+    prior = load_prior(prior_of(run), device)
     check_shape(prior, data, run)
     standard = prior.scale.observations(data)
     direct = standard.observer.as_measurement(standard.obs)

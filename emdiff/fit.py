@@ -15,6 +15,7 @@ from torch import Tensor
 
 from emdiff.compiled import for_sampling
 from emdiff.data import Data, held
+from emdiff.finished import latest_prior
 from emdiff.firsts import start_round
 from emdiff.folder import RunFolder
 from emdiff.metrics import prior_figures, sample_figures
@@ -25,7 +26,7 @@ from emdiff.prior import Prior, load_prior, sample_prior, save_prior
 from emdiff.processes import ALONE, Team
 from emdiff.rounds import em_round
 from emdiff.rows import Array, Rows
-from emdiff.runs import Run, latest_prior
+from emdiff.runs import Run
 from emdiff.scale import Scale
 from emdiff.streams import stream
 from emdiff.turns import on_turn, rows_of, those_of

@@ -13,13 +13,13 @@ from torch import Tensor
 from emdiff.data import Data, Observations, measured
 from emdiff.em import Walk, choose_guidance, e_step
 from emdiff.errors import UsageError
+from emdiff.finished import latest_prior, round_metrics, round_of
 from emdiff.langevin import STEPS
 from emdiff.metrics import residual_chi2
 from emdiff.noise import depends_on_signal, with_counts
 from emdiff.pool import applies, restart
 from emdiff.prior import TAU_FIRST, Prior, has_gains, sees_entries
 from emdiff.reading import number, read_yaml
-from emdiff.runs import latest_prior, round_metrics, round_of
 
 BURN_IN = 5
 """Passes of persistent chains that start at the mean, before the first sample is taken."""

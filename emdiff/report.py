@@ -23,9 +23,9 @@ from emdiff.charts import Chart, nice_ticks, number, padded
 from emdiff.errors import UsageError
 from emdiff.evidence import calibration, figures, is_number, read_evaluation, reconstructions, residuals
 from emdiff.files import write_atomically
+from emdiff.finished import round_metrics
 from emdiff.meanings import FIRST, meaning, order
 from emdiff.reading import read_json, read_text
-from emdiff.runs import round_metrics
 from emdiff.strips import file_uri
 
 BUDGET = 9_000_000

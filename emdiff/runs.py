@@ -29,15 +29,13 @@ from emdiff.behind import Behind
 from emdiff.changes import FREE, Config, differences, refuse, versions
 from emdiff.errors import UsageError
 from emdiff.files import remove_leftovers, sha256, write_json, write_text
+from emdiff.finished import SUMS, check_sum
 from emdiff.folder import RunFolder
 from emdiff.lock import Lock
-from emdiff.reading import number, read_json, read_text
+from emdiff.reading import read_json
 from emdiff.rows import Array, Rows, fill
 from emdiff.verdict import best_iteration
 from emdiff.written import NewArray
-
-SUMS = "sha256.txt"
-"""SHA-256 of the files of a round, as `sha256sum --check` reads them."""
 
 STATES = ("walk", "training")
 """States within a round, from which it goes on."""
@@ -197,23 +195,6 @@ class Run(RunFolder):
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.history()))
 
 
-def check_sum(path: Path) -> None:
-    """Refuse a file of a round that is not the one that was written; a round of an older emdiff has no sums to check.
-
-    Raises:
-        UsageError: naming the file and both sums.
-    """
-    sums = path.parent / SUMS
-    if not sums.is_file():
-        return
-    wanted = {name: digest for digest, _, name in (line.partition("  ") for line in read_text(sums).splitlines())}.get(path.name)
-    if wanted is not None and wanted != sha256(path):
-        raise UsageError(
-            f"{path}: its SHA-256 is {sha256(path)[:12]}..., when it was written it was {wanted[:12]}...: the file was changed or is damaged; "
-            "restore it from a copy, or fit again with another --out"
-        )
-
-
 def _check_space(path: Path, needed: int) -> None:
     """Refuse a disk with less space than the run's samples will take."""
     parent = next(p for p in [path, *path.absolute().parents] if p.is_dir())
@@ -222,49 +203,3 @@ def _check_space(path: Path, needed: int) -> None:
         raise UsageError(
             f"{path}: the run needs {needed / 1e9:.3g} GB and its disk has {free / 1e9:.3g} GB left; free some space or choose another --out"
         )
-
-
-def latest_prior(run: Path) -> Path:
-    """The prior of a run: of the iteration that best.json names, else of the last finished round; checked against its sum.
-
-    Raises:
-        UsageError: if the folder is missing, has no finished round, or the file is not the one that was written.
-    """
-    _check_folder(run)
-    done = [p.parent for p in sorted(run.glob("round_*/metrics.json")) if (p.parent / "prior.safetensors").is_file()]
-    if not done:
-        raise _unfinished(run)
-    best = run / "best.json"
-    chosen = f"round_{int(number(read_json(best), 'iter', best)):03d}" if best.is_file() else done[-1].name
-    prior = next((folder for folder in done if folder.name == chosen), done[-1]) / "prior.safetensors"
-    check_sum(prior)
-    return prior
-
-
-def round_of(prior: Path) -> int:
-    """The iteration that a path given by `latest_prior` belongs to."""
-    return int(prior.parent.name.removeprefix("round_"))
-
-
-def round_metrics(run: Path) -> list[dict[str, Any]]:
-    """The figures of the start and of all finished rounds of a run folder, in order.
-
-    Raises:
-        UsageError: if the folder is missing, has no finished round, or its figures cannot be read.
-    """
-    _check_folder(run)
-    rounds: list[dict[str, Any]] = []
-    while (path := run / (f"round_{len(rounds):03d}" if rounds else "start") / "metrics.json").is_file():
-        rounds.append({**read_json(path), "iter": len(rounds)})
-    if not rounds:
-        raise _unfinished(run)
-    return rounds
-
-
-def _check_folder(run: Path) -> None:
-    if not run.is_dir():
-        raise UsageError(f"{run}: there is no such run folder; give the one that `emdiff fit` or `emdiff train` named in its last line")
-
-
-def _unfinished(run: Path) -> UsageError:
-    return UsageError(f"{run}: this run has no finished round yet; run `emdiff fit` to its first round")

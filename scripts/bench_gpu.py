@@ -173,11 +173,11 @@ def measure_figures(args: argparse.Namespace) -> dict[str, Any]:
     """Frechet distances of a run's last prior and of one trained on clean digits, walked alike."""
     from mnist_features import mnist_features
 
+    from emdiff.finished import latest_prior
     from emdiff.metrics import FeatureDistance
     from emdiff.observations import read_observations
     from emdiff.posterior import run_walk, sample_posterior
     from emdiff.prior import load_prior, sample_prior
-    from emdiff.runs import latest_prior
 
     with np.load(args.data) as file:
         digits, labels = torch.from_numpy(file["train_images"]).float() / 255, torch.from_numpy(file["train_labels"]).long()

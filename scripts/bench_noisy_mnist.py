@@ -31,13 +31,13 @@ from torch import Tensor
 
 import emdiff
 from emdiff.em import Draws, Walk, e_step
+from emdiff.finished import latest_prior
 from emdiff.firsts import level_maps
 from emdiff.metrics import FeatureDistance, residual_chi2
 from emdiff.observations import Observations, read_observations, read_truth
 from emdiff.pairs import PairLoss
 from emdiff.posterior import run_walk
 from emdiff.prior import Prior, build_network, choose_network, load_prior, sample_prior, save_prior, set_precision
-from emdiff.runs import latest_prior
 from emdiff.scale import Scale, estimate_scale
 from emdiff.streams import stream, stream_seed
 from emdiff.training import train

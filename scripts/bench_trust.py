@@ -29,10 +29,10 @@ from bench_noisy_mnist import fit_run
 from torch import Tensor
 
 from emdiff.evaluate import Task, evaluate
+from emdiff.finished import latest_prior, round_metrics
 from emdiff.observations import read_observations, read_truth
 from emdiff.posterior import run_walk, sample_posterior
 from emdiff.prior import load_prior
-from emdiff.runs import latest_prior, round_metrics
 from emdiff.streams import stream
 from emdiff.verdict import best_iteration, judge
 

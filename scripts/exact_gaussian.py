@@ -18,10 +18,10 @@ from exact_tools import row
 from timed_command import command
 from torch import Tensor
 
+from emdiff.finished import latest_prior
 from emdiff.mixture import MixtureDenoiser
 from emdiff.observations import Observations, write_observations
 from emdiff.prior import load_prior, sample_prior
-from emdiff.runs import latest_prior
 from emdiff.scale import Scale
 from emdiff.streams import stream
 from observers import Mask

@@ -30,10 +30,10 @@ from timed_command import command
 from torch import Tensor
 
 from emdiff.deconvolution import Mixture, Whitened, expect, maximise, whitened
+from emdiff.finished import latest_prior
 from emdiff.mixture import MixtureDenoiser
 from emdiff.observations import Observations, write_observations
 from emdiff.prior import Prior, load_prior, sample_prior
-from emdiff.runs import latest_prior
 from emdiff.streams import stream
 from observers import Projection
 

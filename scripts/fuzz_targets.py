@@ -99,8 +99,8 @@ def read_config(path: Path) -> None:
 
 def read_metrics(path: Path) -> None:
     """All that reads the figures of a round, best.json and about.json."""
+    from emdiff.finished import latest_prior, round_metrics
     from emdiff.report import page_of, render
-    from emdiff.runs import latest_prior, round_metrics
 
     folder = path.parent
     (folder / "start").mkdir(exist_ok=True)

@@ -31,10 +31,10 @@ from real_columns import Figures, clean_prior, digit_features, fitted, gaussian_
 from real_galaxies import distances
 
 from emdiff.figures import save_rows
+from emdiff.finished import latest_prior, round_metrics
 from emdiff.observations import Observations, read_observations, read_truth, write_observations
 from emdiff.posterior import run_walk
 from emdiff.prior import load_prior
-from emdiff.runs import latest_prior, round_metrics
 from emdiff.streams import stream
 
 

@@ -37,6 +37,7 @@ from emdiff.chain_figures import ChainFigures
 from emdiff.classifier import digit_classifier
 from emdiff.figures import save_fields, save_rows, save_samples
 from emdiff.files import write_json
+from emdiff.finished import prior_of as run_prior
 from emdiff.measurement import measure
 from emdiff.mixture import MixtureDenoiser
 from emdiff.models import fixed_levels
@@ -45,7 +46,6 @@ from emdiff.objectives import errors
 from emdiff.plan import resolve_device
 from emdiff.poisson import GammaDenoiser, PoissonLoss, PoissonMDAE, count, exact_moments, gibbs_walk, plain_moments
 from emdiff.prior import Prior, load_prior, sample_prior
-from emdiff.runs import latest_prior
 from emdiff.streams import stream
 from emdiff.training import Optimiser, train
 
@@ -71,8 +71,8 @@ def digits(args: argparse.Namespace, part: str = "train") -> tuple[Tensor, Tenso
 
 
 def prior_of(args: argparse.Namespace, run: Path | None = None) -> Prior:
-    """The prior of a run folder."""
-    return load_prior(latest_prior(run or args.run), args.device)
+    """The prior of a run folder, or of a file."""
+    return load_prior(run_prior(run or args.run), args.device)
 
 
 def fig1(args: argparse.Namespace) -> None:

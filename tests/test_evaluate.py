@@ -211,7 +211,7 @@ def test_stop_auto_keeps_the_best_iteration_for_later_commands(capsys: pytest.Ca
     main([*fit, "--stop", "auto"])
     assert sorted(p.name for p in Path("run").glob("round_*")) == [f"round_{k:03d}" for k in range(1, 7)]
     assert "round_002/prior.safetensors" in capsys.readouterr().out
-    from emdiff.runs import latest_prior
+    from emdiff.finished import latest_prior
 
     assert latest_prior(Path("run")).parent.name == "round_002"
     main(fit)

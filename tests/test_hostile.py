@@ -20,11 +20,11 @@ from test_cli import SMALL, here, refused, vectors  # noqa: F401
 import emdiff.archive
 from emdiff.cli import main
 from emdiff.errors import UsageError
+from emdiff.finished import latest_prior
 from emdiff.observations import read_data, read_observations
 from emdiff.posterior import run_walk
 from emdiff.prior import Prior, build_network, load_prior, save_prior
 from emdiff.reading import check_configs, read_json, read_yaml
-from emdiff.runs import latest_prior
 from emdiff.scale import Scale
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"

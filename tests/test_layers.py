@@ -11,7 +11,7 @@ LAYERS = [
     {"interrupt"},
     {"launch"},
     {"files", "processes", "measurement", "linalg", "reading", "checks", "console"},
-    {"rows", "checkpoint", "graphs"},
+    {"rows", "checkpoint", "graphs", "finished"},
     {"unfinished"},
     {"archive", "written", "data", "denoise", "langevin", "printing", "lock", "parameters", "memory"},
     {"stored", "changes", "smooth", "near"},

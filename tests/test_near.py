@@ -20,12 +20,13 @@ from emdiff.behind import Behind
 from emdiff.cli import main
 from emdiff.data import Observations
 from emdiff.errors import UsageError
+from emdiff.finished import SUMS
 from emdiff.fit import current_data
 from emdiff.interrupt import Stopped
 from emdiff.near import Mirrored
 from emdiff.observations import write_observations
 from emdiff.rows import Rows
-from emdiff.runs import SUMS, Run
+from emdiff.runs import Run
 from emdiff.scale import Scale
 from emdiff.written import NewArray
 from observers import Identity, Mask

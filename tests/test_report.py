@@ -20,9 +20,9 @@ from emdiff.charts import Chart, nice_ticks, words
 from emdiff.cli import main
 from emdiff.evidence import PER_BLOCK, rank_chart, reconstructions, residuals
 from emdiff.figures import save_samples
+from emdiff.finished import round_metrics
 from emdiff.meanings import meaning
 from emdiff.report import gallery_frames, page_of, render, write_report
-from emdiff.runs import round_metrics
 from emdiff.strips import RESIDUAL, palette
 
 SMALL = ["--train.steps", "20", "--train.start-steps", "30", "--walk.levels", "6", "--wandb", "off", "--device", "cpu"]

@@ -31,10 +31,10 @@ from emdiff.cli import main
 from emdiff.denoise import GaussianDenoiser
 from emdiff.em import Walk, e_step
 from emdiff.errors import FitFailed, UsageError
+from emdiff.finished import latest_prior
 from emdiff.interrupt import Stopped
 from emdiff.lock import Lock, birth
 from emdiff.observations import Observations
-from emdiff.runs import latest_prior
 from emdiff.training import RETREAT, TRIES, train
 from emdiff.watch import WINDOW
 from emdiff.written import NewArray

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,22 @@ def test_a_prior_of_fixed_levels_is_walked_and_refused_for_posteriors(capsys):
         assert "one set of levels" in refused(capsys, *command)
     assert "its own levels" in refused(capsys, "sample", "--run", "t", "--chain", "true", "--sigma", "1.0", "--steps", "100")
     assert "coarser levels" in refused(capsys, "sample", "--run", "t", "--chain", "true", "--warm_start", "true", "--steps", "100")
+
+
+def test_a_prior_without_its_run_is_sampled_and_denoises(capsys):
+    """A file that came from elsewhere does what its run does, where a prior is all that is needed."""
+    main(["train", "--data", "clean.npz", "--out", "t", *SMALL])
+    shutil.copy("t/prior.safetensors", "alone.safetensors")
+    made = {}
+    for run in ("t", "alone.safetensors"):
+        main(["sample", "--run", run, "--count", "3", "--levels", "4", "--out", "s.npz", "--device", "cpu"])
+        main(["sample", "--run", run, "--chain", "true", "--steps", "20", "--every", "5", "--out", "c.npz", "--device", "cpu"])
+        main(["denoise", "--run", run, "--observations", "obs.npz", "--out", "d.npz", "--device", "cpu"])
+        made[run] = [np.load(file)["x"] for file in ("s.npz", "c.npz", "d.npz")]
+    assert all(np.array_equal(a, b) for a, b in zip(*made.values()))
+    for command in ("reconstruct", "evaluate"):
+        assert "needs the run folder" in refused(capsys, command, "--run", "alone.safetensors", "--observations", "obs.npz")
+    assert "no such run folder" in refused(capsys, "sample", "--run", "none.safetensors")
 
 
 @pytest.mark.parametrize(
