@@ -19,6 +19,7 @@ def train(
     root: Optional[str] = None,
     download: bool = False,
     count: Optional[int] = None,
+    held_out: Optional[int] = None,
     flips: bool = False,
     pictures: int = 64,
     seed: int = 0,
@@ -36,6 +37,8 @@ def train(
         root: Folder with NAME.npz or torchvision's files, for data given by name. Unset: the environment's EMDIFF_DATA, else ./data.
         download: Let torchvision fetch data that are not there; nothing is downloaded otherwise.
         count: Take the first so many data; all by default.
+        held_out: Random data to set aside: their loss is reported and chooses the round whose prior is kept. Unset, one in 20, and at most 1,000;
+            with 0 the last round is kept.
         flips: Mirror half of the images left to right, anew in every step.
         pictures: Prior samples drawn after every round.
         seed: Seed of everything random.

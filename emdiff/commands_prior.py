@@ -50,12 +50,13 @@ class TrainConsole(Bars):
     def round(self, k: int, metrics: dict[str, Any], pictures: dict[str, Tensor]) -> None:
         """Say how the round went, and draw it."""
         self.close()
-        names = {"steps": "step", "loss": "loss", "image_loss": "loss per image", "prior_std": "std of samples", "images_per_second": "images/s"}
+        names = {"steps": "step", "loss": "loss", "image_loss": "loss per image", "held_out_loss": "held out", "prior_std": "std of samples"}
+        names |= {"images_per_second": "images/s"}
         figures = "  ".join(f"{label} {metrics[name]:.6g}" for name, label in names.items() if name in metrics)
         print(f"round {k:3d}  {figures}  ({metrics['seconds']:.0f} s)", flush=True)
         for name, x in pictures.items():
             save_samples(self.run.path / "figures" / f"{name}_{k:03d}.png", x, f"{name}, round {k}")
-        save_progress(self.run.path / "figures" / "progress.png", self.run.history()[1:], ("loss", "image_loss", "prior_std"))
+        save_progress(self.run.path / "figures" / "progress.png", self.run.history()[1:], ("loss", "image_loss", "held_out_loss", "prior_std"))
         self.tracker.log(metrics, pictures)
 
 
@@ -76,10 +77,12 @@ def train_command(config: Config, defaults: Config) -> None:
         tracker = Tracker(config["wandb"], out, resolved, warn=lambda line: print(f"note: {line}"))
         console = TrainConsole(run, tracker)
         try:
-            run_training(data, scale, plan, run, console)
+            best = run_training(data, scale, plan, run, console)[1]
         finally:
             console.close()
             tracker.close()
+    if best < plan.rounds:
+        print(f"note: the held-out loss was least after round {best}, whose prior is kept; later ones have learned the training data by heart")
     print(f"prior: {out / 'prior.safetensors'}   pictures: {out / 'figures'}   figures: {out / 'metrics.jsonl'}")
     print(f"next: emdiff sample --run {out}; emdiff sample --run {out} --chain true; emdiff fit --init-prior {out / 'prior.safetensors'}")
 

@@ -77,6 +77,16 @@ class Dataset:
         """The first `count` data; all for None."""
         return self if count is None else Dataset(self.name, min(count, self.count), self.shape, self.rows, f"{self.identity}:{count}")
 
+    def part(self, index: Tensor) -> Dataset:
+        """The data at indices (n,), as a data set."""
+        chosen = index.numpy()
+        return Dataset(self.name, len(chosen), self.shape, lambda at: self.rows(chosen[at]), self.identity)
+
+    def split(self, apart: int, generator: torch.Generator) -> tuple[Dataset, Dataset]:
+        """All data but `apart` random ones, and these, each in the order in which they are stored."""
+        order = torch.randperm(self.count, generator=generator)
+        return self.part(order[apart:].sort().values), self.part(order[:apart].sort().values)
+
 
 def open_dataset(data: str, root: str | None = None, download: bool = False, count: int | None = None) -> Dataset:
     """Clean data by name, file or folder.

@@ -16,6 +16,7 @@ from torch import Tensor
 from emdiff.ahead import ahead
 from emdiff.chain import ChainWalk, own_levels, run_chain
 from emdiff.datasets import Dataset, in_units
+from emdiff.denoise import Denoiser
 from emdiff.measurement import effective, measure
 from emdiff.memory import Memory, Optimiser, load_memory, save_memory
 from emdiff.models import fixed_levels
@@ -31,8 +32,11 @@ from emdiff.training import train
 REPORTED = 0.25
 """Level, in the units of the data, at which the loss of a pooled prior is reported: that of the paper's 1/4 x 1 and 1 x 16."""
 
-LOSS_DATA = 2000
-"""Data that the reported loss is a mean over."""
+LOSS_DATA = 1000
+"""Most data that a reported loss is a mean over."""
+
+MOST_LOOKS = 20
+"""Measurements of each of a few held-out data."""
 
 PICTURE_STEPS = 200
 """Steps of the chains that a channel view's pictures are drawn with."""
@@ -54,6 +58,7 @@ class TrainPlan(NamedTuple):
         seed: Seed of everything random.
         device: "cpu" or "cuda".
         masks: Train levels that differ between entries, too.
+        held_out: Data set aside, whose loss chooses the round that is kept.
     """
 
     network: dict[str, Any]
@@ -68,6 +73,7 @@ class TrainPlan(NamedTuple):
     seed: int = 0
     device: str = "cpu"
     masks: bool = False
+    held_out: int = 0
 
 
 class Standardised:
@@ -114,10 +120,12 @@ def measure_scale(data: Dataset, most: int = 200_000_000) -> Scale:
     return Scale(mean, max(squares / count - mean**2, 1e-24) ** 0.5)
 
 
-def run_training(data: Dataset, scale: Scale, plan: TrainPlan, run: Run, listener: Listener) -> Prior:
-    """Train a prior, continuing whatever the run folder holds; returns that of the last round."""
-    often = plan.steps * plan.batch >= len(data)  # all of them are read anyway
-    source = Standardised(data, scale, plan.flips, plan.device if often else "cpu")
+def run_training(data: Dataset, scale: Scale, plan: TrainPlan, run: Run, listener: Listener) -> tuple[Prior, int]:
+    """Train a prior, continuing whatever the run folder holds; returns that of the round that is kept, and which round that is."""
+    training, apart = data.split(plan.held_out, stream(plan.seed, "held out")) if plan.held_out else (data, None)
+    often = plan.steps * plan.batch >= len(training)  # all of them are read anyway
+    source = Standardised(training, scale, plan.flips, plan.device if often else "cpu")
+    judge = Standardised(apart, scale, device=plan.device) if apart else None
     for k in range(run.finished() + 1, plan.rounds + 1):
         clock = time.perf_counter()
         folder = run.begin(k)
@@ -130,18 +138,30 @@ def run_training(data: Dataset, scale: Scale, plan: TrainPlan, run: Run, listene
             continue
         prior, metrics = train_round(k, source, plan, run, listener)
         save_prior(folder / "prior.safetensors", prior)
-        metrics |= {"image_loss": image_loss(prior, source, plan)}
+        metrics |= {"image_loss": image_loss(prior, source, plan)} | ({"held_out_loss": held_out_loss(prior, judge, plan)} if judge else {})
         pictures = {"data": data.read(torch.arange(min(64, len(data))))}
         if plan.pictures:
             pictures["samples"] = draw(prior, plan.pictures, plan, k, listener)
             metrics |= {"prior_mean": float(pictures["samples"].mean()), "prior_std": float(pictures["samples"].std())}
         metrics |= {"iter": k, "seconds": time.perf_counter() - clock}
         run.finish(k, metrics)
+        run.choose(kept(run.history()))
         (run.round_path(k - 1) / "memory.safetensors").unlink(missing_ok=True)
         listener.round(k, metrics, pictures)
-    prior = load_prior(run.round_path(plan.rounds) / "prior.safetensors", plan.device)
+    best = kept(run.history()) or plan.rounds
+    prior = load_prior(run.round_path(best) / "prior.safetensors", plan.device)
     save_prior(run.path / "prior.safetensors", prior)
-    return prior
+    return prior, best
+
+
+def kept(history: list[dict[str, Any]]) -> int | None:
+    """The round of the least held-out loss; None where no data were held out.
+
+    >>> kept([{"iter": 0}, {"iter": 1, "held_out_loss": 2.0}, {"iter": 2, "held_out_loss": 3.0}])
+    1
+    """
+    rows = [row for row in history if "held_out_loss" in row]
+    return min(rows, key=lambda row: row["held_out_loss"])["iter"] if rows else None
 
 
 def train_round(k: int, data: Standardised, plan: TrainPlan, run: Run, listener: Listener) -> tuple[Prior, dict[str, Any]]:
@@ -149,8 +169,7 @@ def train_round(k: int, data: Standardised, plan: TrainPlan, run: Run, listener:
     count, *shape = data.stored.shape
     denoiser = set_precision(build_network(tuple(shape), **plan.network), plan.device)
     memory = load_memory(run.round_path(k - 1) / "memory.safetensors", denoiser.state_dict())
-    levels = fixed_levels(denoiser)
-    loss = ManyLevels(data, plan.tau_last, TAU_FIRST, plan.masks) if levels is None else OneSet(data, levels, plan.objective)
+    loss = loss_of(denoiser, data, plan)
     steps = plan.steps * k // plan.rounds - memory.step
     bar = listener.phase(f"round {k} of {plan.rounds}", steps)
     clock = time.perf_counter()
@@ -162,6 +181,22 @@ def train_round(k: int, data: Standardised, plan: TrainPlan, run: Run, listener:
     figures = {"loss": trained.loss, "steps": trained.memory.step, "retreats": trained.retreats}
     figures |= {"seconds_train": seconds, "images_per_second": steps * plan.batch / seconds}
     return Prior(trained.denoiser, data.scale, tuple(shape), plan.tau_last, plan.network), figures
+
+
+def loss_of(denoiser: Denoiser, data: Standardised, plan: TrainPlan) -> ManyLevels | OneSet:
+    """What is minimised, on some data."""
+    levels = fixed_levels(denoiser)
+    return ManyLevels(data, plan.tau_last, TAU_FIRST, plan.masks) if levels is None else OneSet(data, levels, plan.objective)
+
+
+@torch.no_grad()
+def held_out_loss(prior: Prior, data: Standardised, plan: TrainPlan) -> float:
+    """What is minimised, of the averaged network, on data that it was not trained on; few are measured several times, alike in every round."""
+    generator, count = stream(plan.seed, "held-out loss", device=plan.device), data.stored.shape[0]
+    loss, total, index = loss_of(prior.denoiser, data, plan), 0.0, torch.arange(count).repeat(max(1, min(MOST_LOOKS, LOSS_DATA // count)))
+    for stored in ahead(data.read, index.split(plan.batch), generator.device):
+        total += len(stored) * float(loss(prior.denoiser, stored, generator))
+    return total / len(index)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from emdiff.memory import Optimiser
 from emdiff.models import is_image_shape
 from emdiff.prior import choose_network
 from emdiff.scale import Scale
-from emdiff.train import TrainPlan, tau_of
+from emdiff.train import LOSS_DATA, TrainPlan, tau_of
 
 Config = dict[str, Any]
 
@@ -31,6 +31,7 @@ def make_train_plan(config: Config, data: Dataset, scale: Scale, device: str) ->
     """
     model, fit = config["model"], config["train"]
     check_ranges(model, fit, config["pictures"])
+    apart = held_out(config["held_out"], len(data))
     levels = levels_of(model, scale)
     if levels is None and fit["objective"] != "mean":
         raise UsageError(
@@ -43,10 +44,24 @@ def make_train_plan(config: Config, data: Dataset, scale: Scale, device: str) ->
     network = choose_model(model, data.shape, levels)
     tau_last = model["tau_last"] if levels is None else tau_of(levels)
     optimiser = Optimiser(fit["optimizer"], fit["rate"], fit["momentum"], fit["anneal"], fit["clip"])
+    batch, rounds = min(fit["batch"], len(data) - apart), min(fit["rounds"], fit["steps"])
     return TrainPlan(
-        network, tau_last, fit["objective"], optimiser, min(fit["batch"], len(data)), fit["steps"], min(fit["rounds"], fit["steps"]), config["flips"],
-        config["pictures"], config["seed"], device, model["masks"],
+        network, tau_last, fit["objective"], optimiser, batch, fit["steps"], rounds, config["flips"], config["pictures"], config["seed"], device,
+        model["masks"], apart,
     )  # fmt: skip
+
+
+def held_out(wanted: int | None, count: int) -> int:
+    """How many of `count` data are set aside; unless told, one in 20, and at most as many as a loss is a mean over.
+
+    Raises:
+        UsageError: if that leaves fewer than two.
+    """
+    if wanted is None:
+        return min(LOSS_DATA, count // 20)
+    if not 0 <= wanted <= count - 2:
+        raise UsageError(f"--held_out is {wanted}; of {count} data 0 to {count - 2} can be set aside")
+    return wanted
 
 
 def levels_of(model: Config, scale: Scale) -> list[float] | None:
@@ -130,7 +145,7 @@ def check_ranges(model: Config, fit: Config, pictures: int) -> None:
 def resolved_train_config(config: Config, plan: TrainPlan) -> Config:
     """The configuration with nothing left open, and the walk that `reconstruct` takes."""
     walk = {**config["walk"], "tau_last": config["walk"]["tau_last"] or max(0.1, plan.tau_last)}
-    return {**config, "device": plan.device, "walk": walk}
+    return {**config, "device": plan.device, "held_out": plan.held_out, "walk": walk}
 
 
 def train_name(data: Dataset, resolved: Config) -> str:
@@ -153,5 +168,6 @@ def print_train_plan(data: Dataset, scale: Scale, plan: TrainPlan, out: Path, fi
         units = ", ".join(f"{s * scale.std:.4g}" for s in levels[:8]) + (", ..." if len(levels) > 8 else "")
         print(f"model         {kind} on {net}, M = {len(levels)} measurements of levels {units}; together {plan.tau_last * scale.std:.4g}")
     how = plan.optimiser
+    print(f"held out      {plan.held_out}" + (", whose loss chooses the round that is kept" if plan.held_out else ": the last round is kept"))
     print(f"training      {plan.steps} steps of {plan.batch} in {plan.rounds} rounds, {how.name} at rate {how.rate:g}, on {plan.device}")
     print(f"run folder    {out}" + (f", continued after round {finished}" if finished >= 0 else ""), flush=True)

@@ -53,7 +53,7 @@ def measure_config(name: str, steps: int, batch: int | None, device: str) -> dic
     shape = SHAPES.get(name.split("_")[0], (28, 28))
     x = np.random.default_rng(0).integers(0, 256, (COUNT, *shape), dtype=np.uint8)
     data, scale = Dataset(name, COUNT, shape, x.__getitem__, ""), Scale(0.5, float(x.std()) / 255)
-    config = settings | {"flips": given.get("flips", False), "pictures": 0, "seed": 0}
+    config = settings | {"flips": given.get("flips", False), "pictures": 0, "seed": 0, "held_out": 0}
     plan = make_train_plan(config, data, scale, device)
     torch.manual_seed(0)
     denoiser = set_precision(build_network(shape, **plan.network), device)

@@ -129,3 +129,17 @@ def test_scale_and_flips():
     mirrored = (flipped == x.flip(-1)).flatten(1).all(1)
     assert bool((mirrored | (flipped == x).flatten(1).all(1)).all()) and float(mirrored.float().mean()) == pytest.approx(0.5, abs=0.05)
     assert measure_scale(open_dataset("digits"))[:2] == pytest.approx((0.30526, 0.37603), abs=1e-4)
+
+
+def test_data_set_aside_are_the_others() -> None:
+    """A split gives each datum to one of two data sets, at random and in order; read by index and by slice."""
+    data = open_dataset("digits")
+    rest, apart = data.split(97, torch.Generator().manual_seed(0))
+    stored = [part.stored()[: len(part)] for part in (rest, apart)]
+    assert len(apart) == 97 and len(rest) == len(data) - 97 and stored[1].shape == (97, 8, 8)
+    assert torch.equal(apart.read(torch.tensor([5, 3])), apart.read(torch.arange(97))[[5, 3]])
+    together = torch.cat(stored).flatten(1)
+    whole = data.stored()[: len(data)].flatten(1)
+    assert torch.equal(together.double().sort(0).values, whole.double().sort(0).values)
+    at = [int((whole == row).all(1).nonzero()[0]) for row in stored[1].flatten(1)]
+    assert at == sorted(at) and at[0] < 100 and at[-1] > len(data) - 100

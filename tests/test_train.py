@@ -14,6 +14,7 @@ from emdiff import plan
 from emdiff.cli import main
 from emdiff.datasets import open_dataset
 from emdiff.errors import UsageError
+from emdiff.finished import latest_prior
 from emdiff.prior import build_network, load_prior
 from emdiff.scale import Scale
 from emdiff.train_plan import choose_model, levels_of, make_train_plan
@@ -147,6 +148,26 @@ def test_an_interrupted_training_ends_at_the_same_weights(extra, monkeypatch):
     assert rows[0] == rows[1] and [row["iter"] for row in rows[0]] == [0, 1, 2]
 
 
+def test_held_out_data_choose_the_round_that_is_kept(capsys):
+    """30 images of noise, which a network can only learn by heart: their loss falls to the end, that of those set aside rises after a few rounds."""
+    rng = np.random.default_rng(1)
+    np.savez("noise.npz", x=rng.standard_normal((40, 8, 8)).astype("float32"))
+    learn = ["--train.steps", "600", "--train.batch", "30", "--train.rounds", "6", "--pictures", "0", "--wandb", "off", "--device", "cpu"]
+    learn += ["--model.network", "mlp", "--model.sigma", "[0.3]"]
+    main(["train", "--data", "noise.npz", "--out", "t", "--held_out", "10", *learn])
+    rows = [json.loads(line) for line in Path("t/metrics.jsonl").read_text().splitlines()][1:]
+    held = [row["held_out_loss"] for row in rows]
+    best = 1 + int(np.argmin(held))
+    assert rows[-1]["image_loss"] < 0.8 * rows[0]["image_loss"] and held[-1] > 1.01 * min(held) and best < 6
+    kept, last = weights("t/prior.safetensors"), weights("t/round_006/prior.safetensors")
+    assert all(torch.equal(kept[name], value) for name, value in weights(f"t/round_{best:03d}/prior.safetensors").items())
+    assert any(not torch.equal(kept[name], last[name]) for name in kept) and latest_prior(Path("t")).parent.name == f"round_{best:03d}"
+    assert f"least after round {best}" in capsys.readouterr().out
+    main(["train", "--data", "noise.npz", "--out", "all", "--held_out", "0", *learn, "--train.steps", "60"])
+    assert "held_out_loss" not in Path("all/metrics.jsonl").read_text() and latest_prior(Path("all")).parent.name == "round_006"
+    assert "0 to 38" in refused(capsys, "train", "--data", "noise.npz", "--out", "u", "--held_out", "39", *learn)
+
+
 def test_a_prior_of_fixed_levels_is_walked_and_refused_for_posteriors(capsys):
     model = ["--model.parametrisation", "mem", "--model.sigma", "[1.0, 2.0]", "--model.measurements", "2", "--model.metaencoder", "true"]
     main(["train", "--data", "clean.npz", "--out", "t", *SMALL, *model, "--train.objective", "mdsm"])
@@ -230,7 +251,7 @@ def test_every_configuration_makes_a_plan_and_a_network(path):
     from emdiff.settings import ModelSettings, ObjectiveSettings, WalkSettings
 
     given = yaml.safe_load(path.read_text())
-    config = {"flips": given.get("flips", False), "pictures": given.get("pictures", 64), "seed": 0, "walk": asdict(WalkSettings()),
+    config = {"flips": given.get("flips", False), "pictures": given.get("pictures", 64), "seed": 0, "held_out": None, "walk": asdict(WalkSettings()),
               "model": asdict(ModelSettings(**given["model"])), "train": asdict(ObjectiveSettings(**given["train"]))}  # fmt: skip
     data = open_dataset("digits")
     data = type(data)("fake", 60_000, shape, data.rows, "")
