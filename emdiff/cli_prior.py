@@ -22,6 +22,7 @@ def train(
     held_out: Optional[int] = None,
     flips: bool = False,
     pictures: int = 64,
+    keep: Optional[int] = None,
     seed: int = 0,
     device: Device = "auto",
     wandb: Literal["auto", "online", "offline", "off"] = "auto",
@@ -41,6 +42,7 @@ def train(
             with 0 the last round is kept.
         flips: Mirror half of the images left to right, anew in every step.
         pictures: Prior samples drawn after every round.
+        keep: Keep priors and pictures of the last so many rounds only, and of the best; figures are kept of all. Unset: all rounds.
         seed: Seed of everything random.
         device: cpu, cuda, or whichever is there.
         wandb: Weights & Biases: auto is online where you are logged in, else offline.
@@ -49,6 +51,7 @@ def train(
         walk: The walk that `emdiff reconstruct` takes with this prior.
     """
     config = _plain(locals())
+    at_least("--keep", 1 if keep is None else keep, 1)
     with listening():
         from emdiff.commands_prior import train_command
 

@@ -27,11 +27,12 @@ from emdiff.outline import Plan
 from emdiff.plan import Config, check_shares, default_name, make_plan, print_plan, read_init_prior, resolve_device, resolved_config
 from emdiff.processes import Team, joined
 from emdiff.report import write_report
-from emdiff.runs import Run
+from emdiff.runs import Run, rounds_held
 from emdiff.scale import Scale, estimate_scale
 from emdiff.streams import stream
 from emdiff.track import Tracker
 from emdiff.turns import rows_of
+from emdiff.verdict import best_iteration
 
 
 class Console(Bars):
@@ -64,7 +65,7 @@ class Console(Bars):
         save_progress(folder / "progress.png", history)
         self.tracker.log(metrics, {**pictures, "rows": rows})
         if self.keep is not None:
-            self.run.prune(self.keep)
+            self.run.prune(self.keep, best_iteration(history))
         write_report(self.run.path)
 
 
@@ -137,7 +138,7 @@ def first_of(config: Config, defaults: Config, forked: str | None, data: Data, d
     if forked is not None:
         fork(out, Path(forked), resolved, path, (len(data), *data.shape), config, defaults)
         out, resolved = Path(forked), {**resolved, "out": forked}
-    needed = 4 * (plan.iters + 6) * len(data) * math.prod(data.shape)
+    needed = lambda finished: 4 * (rounds_held(plan.iters, finished, config["keep"]) + 6) * len(data) * math.prod(data.shape)  # noqa: E731
     behind = team.alone and goes_on(torch.device(plan.device))
     with Run(out, resolved, path, needed, config, defaults, processes=team.size, behind=behind) as run:
         interrupt.at_the_end(run.lock.release)

@@ -25,11 +25,11 @@ from emdiff.flow import flow
 from emdiff.plan import resolve_device
 from emdiff.posterior import check_shape
 from emdiff.prior import load_prior, sample_prior
-from emdiff.runs import Run
+from emdiff.runs import Run, rounds_held
 from emdiff.streams import stream
 from emdiff.track import Tracker
-from emdiff.train import measure_scale, run_training
-from emdiff.train_plan import FREE_TRAIN, Config, make_train_plan, print_train_plan, resolved_train_config, train_name
+from emdiff.train import kept, measure_scale, run_training
+from emdiff.train_plan import FREE_TRAIN, Config, bytes_of, make_train_plan, print_train_plan, resolved_train_config, train_name
 
 LEVEL = 3.2
 """Level of a chain's measurements in units of the data's std, where it is not given: 1 for MNIST, as in the paper."""
@@ -41,11 +41,12 @@ class TrainConsole(Bars):
     Args:
         run: The run folder.
         tracker: W&B.
+        keep: Rounds whose priors and pictures are kept; None for all.
     """
 
-    def __init__(self, run: Run, tracker: Tracker) -> None:
+    def __init__(self, run: Run, tracker: Tracker, keep: int | None = None) -> None:
         super().__init__(run.lock.renew)
-        self.run, self.tracker = run, tracker
+        self.run, self.tracker, self.keep = run, tracker, keep
 
     def round(self, k: int, metrics: dict[str, Any], pictures: dict[str, Tensor]) -> None:
         """Say how the round went, and draw it."""
@@ -56,8 +57,11 @@ class TrainConsole(Bars):
         print(f"round {k:3d}  {figures}  ({metrics['seconds']:.0f} s)", flush=True)
         for name, x in pictures.items():
             save_samples(self.run.path / "figures" / f"{name}_{k:03d}.png", x, f"{name}, round {k}")
-        save_progress(self.run.path / "figures" / "progress.png", self.run.history()[1:], ("loss", "image_loss", "held_out_loss", "prior_std"))
+        history = self.run.history()
+        save_progress(self.run.path / "figures" / "progress.png", history[1:], ("loss", "image_loss", "held_out_loss", "prior_std"))
         self.tracker.log(metrics, pictures)
+        if self.keep is not None:
+            self.run.prune(self.keep, kept(history))
 
 
 def train_command(config: Config, defaults: Config) -> None:
@@ -70,12 +74,13 @@ def train_command(config: Config, defaults: Config) -> None:
     plan = make_train_plan(config, data, scale, device)
     resolved = resolved_train_config(config, plan)
     out = Path(config["out"]) if config["out"] else Path("runs") / train_name(data, resolved)
-    with Run(out, resolved, data.identity, given=config, defaults=defaults, free=FREE_TRAIN) as run:
+    needed = lambda finished: bytes_of(plan, data.shape, rounds_held(plan.rounds, finished, config["keep"]))  # noqa: E731
+    with Run(out, resolved, data.identity, needed, given=config, defaults=defaults, free=FREE_TRAIN) as run:
         interrupt.at_the_end(run.close)
         interrupt.check()
         print_train_plan(data, scale, plan, out, run.finished())
         tracker = Tracker(config["wandb"], out, resolved, warn=lambda line: print(f"note: {line}"))
-        console = TrainConsole(run, tracker)
+        console = TrainConsole(run, tracker, config["keep"])
         try:
             best = run_training(data, scale, plan, run, console)[1]
         finally:

@@ -34,7 +34,6 @@ from emdiff.folder import RunFolder
 from emdiff.lock import Lock
 from emdiff.reading import read_json
 from emdiff.rows import Array, Rows, fill
-from emdiff.verdict import best_iteration
 from emdiff.written import NewArray
 
 STATES = ("walk", "training")
@@ -48,7 +47,7 @@ class Run(RunFolder):
         path: The folder; made if it does not exist.
         config: The resolved configuration, plain values.
         observations: The observations file, or the fingerprint of what is learned from.
-        needed: Bytes that the samples of all rounds will take.
+        needed: From the last finished round to the bytes that those to come will take.
         free: Settings that may change when the run is continued.
         given: The configuration before it was resolved, and
         defaults: what it is where the user says nothing: a setting that an older run does not know had its default there.
@@ -62,12 +61,13 @@ class Run(RunFolder):
     """
 
     def __init__(
-        self, path: Path, config: Config, observations: Path | str, needed: int = 0, given: Config | None = None, defaults: Config | None = None,
+        self, path: Path, config: Config, observations: Path | str, needed: Callable[[int], int] = lambda finished: 0,
+        given: Config | None = None, defaults: Config | None = None,
         say: Callable[[str], None] = print, free: tuple[str, ...] = FREE, processes: int = 1, behind: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(path)
         self.later, self.sums = Behind(behind), dict[Path, str]()
-        _check_space(path, needed)
+        _check_space(path, needed(self.finished()))
         identity = observations if isinstance(observations, str) else sha256(observations)
         about = {**versions(), "threads": torch.get_num_threads(), "processes": processes, "observations_sha256": identity}
         if path.exists() and not path.is_dir():
@@ -181,10 +181,9 @@ class Run(RunFolder):
         if k:
             (self.round_path(k - 1) / "chains.npy").unlink(missing_ok=True)
 
-    def prune(self, keep: int) -> None:
+    def prune(self, keep: int, best: int | None) -> None:
         """Drop priors, samples and pictures of all rounds but the start, the last `keep`, and the best so far."""
-        last, best = self.finished(), best_iteration(self.history())
-        for k in range(1, last - keep + 1):
+        for k in range(1, self.finished() - keep + 1):
             if k != best:
                 for path in [*self.round_path(k).glob("*"), *(self.path / "figures").glob(f"*_{k:03d}.png")]:
                     if path.name != "metrics.json":
@@ -193,6 +192,16 @@ class Run(RunFolder):
     def _write_table(self) -> None:
         """metrics.jsonl, made anew from the rounds: a process killed between the two files leaves no gap and no half line."""
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.history()))
+
+
+def rounds_held(rounds: int, finished: int, keep: int | None) -> int:
+    """Most rounds to come whose files lie on the disk at once: all, or the last `keep`, the best, and the one in the making.
+
+    >>> rounds_held(10, 2, None), rounds_held(10, 2, 3), rounds_held(10, -1, 20)
+    (8, 5, 10)
+    """
+    left = rounds - max(finished, 0)
+    return left if keep is None else min(left, keep + 2)
 
 
 def _check_space(path: Path, needed: int) -> None:

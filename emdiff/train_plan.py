@@ -8,12 +8,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from emdiff.changes import FREE
 from emdiff.datasets import Dataset
 from emdiff.errors import UsageError
 from emdiff.memory import Optimiser
 from emdiff.models import is_image_shape
-from emdiff.prior import choose_network
+from emdiff.prior import build_network, choose_network
 from emdiff.scale import Scale
 from emdiff.train import LOSS_DATA, TrainPlan, tau_of
 
@@ -62,6 +64,14 @@ def held_out(wanted: int | None, count: int) -> int:
     if not 0 <= wanted <= count - 2:
         raise UsageError(f"--held_out is {wanted}; of {count} data 0 to {count - 2} can be set aside")
     return wanted
+
+
+def bytes_of(plan: TrainPlan, shape: tuple[int, ...], rounds: int) -> int:
+    """What the priors of so many rounds take on the disk, and with them that of the run, a state, and what one round leaves to the next, old and new:
+    weights, their average, and up to two moments each, the state also the last good average."""
+    with torch.device("meta"):
+        denoiser = build_network(shape, **{**plan.network, **({"spectral": False} if "spectral" in plan.network else {})})
+    return 4 * sum(p.numel() for p in denoiser.parameters()) * (rounds + 1 + 5 + 2 * 4)
 
 
 def levels_of(model: Config, scale: Scale) -> list[float] | None:

@@ -289,6 +289,26 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(capsys, monkeypatch
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     line = refused(capsys, "fit", "--observations", "obs.npz", "--out", "run", *SMALL)
     assert "1e-06 GB" in line and "--out" in line and not Path("run").exists()
+    line = refused(capsys, "train", "--data", "digits", "--out", "t", "--device", "cpu", "--wandb", "off")
+    assert "1e-06 GB" in line and not Path("t").exists()
+
+
+def test_a_run_needs_space_for_the_rounds_to_come_alone(capsys, monkeypatch):
+    """A disk with room for what is left of a fit, or for the rounds that are kept, is enough."""
+    import shutil
+
+    vectors()
+    fit = ["fit", "--observations", "obs.npz", "--out", "run", *SMALL]
+    main([*fit, "--iters", "2"])
+    capsys.readouterr()
+    round_bytes = 4 * 200 * 3
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 7 * round_bytes))  # one round, and what six take
+    assert "GB left" in refused(capsys, *fit, "--iters", "4")
+    main([*fit, "--iters", "3"])
+    capsys.readouterr()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 9 * round_bytes))
+    assert "GB left" in refused(capsys, *fit, "--iters", "7")
+    main([*fit, "--iters", "7", "--keep", "1"])
 
 
 @pytest.mark.parametrize(
