@@ -87,7 +87,7 @@ def train_command(config: Config, defaults: Config) -> None:
             console.close()
             tracker.close()
     if best < plan.rounds:
-        print(f"note: the held-out loss was least after round {best}, whose prior is kept; later ones have learned the training data by heart")
+        print(f"note: the loss of the data held out was least after round {best}, whose prior is kept; later rounds did worse on them")
     print(f"prior: {out / 'prior.safetensors'}   pictures: {out / 'figures'}   figures: {out / 'metrics.jsonl'}")
     print(f"next: emdiff sample --run {out}; emdiff sample --run {out} --chain true; emdiff fit --init-prior {out / 'prior.safetensors'}")
 
