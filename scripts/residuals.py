@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from emdiff.data import Observations
 from emdiff.em import Walk
@@ -26,6 +27,19 @@ from observers import Mask
 
 EDGES = (-9.0, -0.1, 0.1, 0.3, 0.6, 0.9, 1.1, 9.0)
 """Of the bins of observed values."""
+
+
+def by_value(obs: Tensor, truth: Tensor, samples: Tensor, noise: float) -> list[dict[str, float]]:
+    """The figures of each bin that has any; obs and truth (n,), samples (n, L)."""
+    mine, due = ((samples - obs[:, None]) / noise).square().mean(1), ((truth - obs) / noise).square()
+    error, variance, rows = (samples.mean(1) - truth).square(), samples.var(1), []
+    for low, high in zip(EDGES, EDGES[1:]):
+        at = (obs >= low) & (obs < high)
+        if at.any():
+            share, names = float(at.float().mean()), {"samples": mine, "truth": due, "error_of_mean": error, "variance": variance}
+            row = {"from": low, "to": high, "share": share} | {name: float(part[at].mean()) for name, part in names.items()}
+            rows.append(row | {"excess": share * (row["samples"] - row["truth"])})
+    return rows
 
 
 def main() -> None:
@@ -47,17 +61,11 @@ def main() -> None:
     obs = torch.where(seen, x + args.noise * torch.randn(x.shape, generator=generator), 0.0)
     data = Observations(obs, Mask(tuple(x.shape[1:]), torch.tensor(args.noise), seen))
     samples = sample_posterior(prior, data, Walk(levels=args.levels, batch=200), args.samples, stream(args.seed, "residuals of samples")).x
-    mine, truth = (((part - obs[:, None]) / args.noise).square().mean(1)[seen] for part in (samples, x[:, None]))
-    error, spread, value = (samples.mean(1) - x)[seen].square(), samples.var(1)[seen], obs[seen]
-    rows = []
-    for low, high in zip(EDGES, EDGES[1:]):
-        bin_ = (value >= low) & (value < high)
-        share = float(bin_.float().mean())
-        row = {"share": share, "samples": float(mine[bin_].mean()), "truth": float(truth[bin_].mean()),
-               "error_of_mean": float(error[bin_].mean()), "variance": float(spread[bin_].mean())}  # fmt: skip
-        rows.append(row | {"from": low, "to": high, "excess": share * (row["samples"] - row["truth"])})
-        print(f"obs from {low:5.1f} to {high:5.1f}: " + ", ".join(f"{name} {v:.4f}" for name, v in rows[-1].items() if name not in ("from", "to")))
-    print(json.dumps({"prior": str(args.prior), "seed": args.seed, "samples": float(mine.mean()), "truth": float(truth.mean()), "bins": rows}))
+    rows = by_value(obs[seen], x[seen], samples.movedim(1, -1)[seen], args.noise)
+    for row in rows:
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in row.items() if name not in ("from", "to"))
+        print(f"obs from {row['from']:5.1f} to {row['to']:5.1f}: {figures}")
+    print(json.dumps({"prior": str(args.prior), "seed": args.seed, "excess": sum(row["excess"] for row in rows), "bins": rows}))
 
 
 if __name__ == "__main__":

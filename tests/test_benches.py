@@ -12,9 +12,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 from ablation import last_tenth  # noqa: E402
 from bench_fit import Row, minutes, reached  # noqa: E402
+from bench_paper import paper_sized  # noqa: E402
 from bench_trust import scores  # noqa: E402
 from exact import covariance  # noqa: E402
 from peer_ddpm import ddpm_sample  # noqa: E402
+from residuals import by_value  # noqa: E402
 from sureness import error_and_variance  # noqa: E402
 
 from emdiff.denoise import GaussianDenoiser  # noqa: E402
@@ -83,3 +85,25 @@ def test_error_and_variance_agree_for_an_exact_denoiser_and_show_what_another_pa
     error, passed = error_and_variance(wide, x, level.expand(len(x), 3), g)
     torch.testing.assert_close(passed.mean(0), claimed, rtol=0.03, atol=0)
     assert (error.mean(0) < claimed).all()
+
+
+def test_residuals_by_observed_value_are_those_of_the_truth_where_samples_are_exact() -> None:
+    """x ~ N(.4, .3^2) seen with n = .2: exact samples in every bin as far from the observations as the truth, shrunk ones not."""
+    g, count, s, n = torch.Generator().manual_seed(0), 200_000, 0.3, 0.2
+    x = 0.4 + s * torch.randn(count, generator=g)
+    obs = x + n * torch.randn(count, generator=g)
+    k = s**2 / (s**2 + n**2)
+    mean, std = 0.4 + k * (obs - 0.4), (k * n**2) ** 0.5
+    exact = mean[:, None] + std * torch.randn(count, 2, generator=g)
+    rows = [row for row in by_value(obs, x, exact, n) if row["share"] > 0.02]
+    assert len(rows) >= 5 and all(row["samples"] == pytest.approx(row["truth"], rel=0.04) for row in rows)
+    assert all(row["variance"] == pytest.approx(std**2, rel=0.1) for row in rows)
+    shrunk = by_value(obs, x, 0.4 + 0.9 * (exact - 0.4), n)
+    found = sum(row["excess"] for row in shrunk)
+    whole = float(((0.4 + 0.9 * (exact - 0.4) - obs[:, None]).square().mean() - (x - obs).square().mean()) / n**2)
+    assert found == pytest.approx(whole, abs=1e-4) and max(abs(row["excess"]) for row in shrunk) > 0.005
+
+
+def test_the_configurations_of_the_papers_size_are_found() -> None:
+    names = paper_sized()
+    assert len(names) == 10 and {"mnist_1x16", "muvb_mnist_1x4", "ffhq256_4x8"} <= set(names) and not any("cpu" in name for name in names)
