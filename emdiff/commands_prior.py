@@ -20,7 +20,7 @@ from emdiff.datasets import open_dataset
 from emdiff.errors import UsageError
 from emdiff.figures import save_progress, save_rows, save_samples
 from emdiff.files import write_arrays, write_json
-from emdiff.finished import prior_of
+from emdiff.finished import prior_file
 from emdiff.flow import flow
 from emdiff.plan import resolve_device
 from emdiff.posterior import check_shape
@@ -28,8 +28,8 @@ from emdiff.prior import load_prior, sample_prior
 from emdiff.runs import Run, rounds_held
 from emdiff.streams import stream
 from emdiff.track import Tracker
-from emdiff.train import kept, measure_scale, run_training
-from emdiff.train_plan import FREE_TRAIN, Config, bytes_of, make_train_plan, print_train_plan, resolved_train_config, train_name
+from emdiff.train import best_round, measure_scale, run_training
+from emdiff.train_plan import FREE_TRAIN, Config, disk_bytes, make_train_plan, print_train_plan, resolved_train_config, train_name
 
 LEVEL = 3.2
 """Level of a chain's measurements in units of the data's std, where it is not given: 1 for MNIST, as in the paper."""
@@ -61,7 +61,7 @@ class TrainConsole(Bars):
         save_progress(self.run.path / "figures" / "progress.png", history[1:], ("loss", "image_loss", "held_out_loss", "prior_std"))
         self.tracker.log(metrics, pictures)
         if self.keep is not None:
-            self.run.prune(self.keep, kept(history))
+            self.run.prune(self.keep, best_round(history))
 
 
 def train_command(config: Config, defaults: Config) -> None:
@@ -74,7 +74,7 @@ def train_command(config: Config, defaults: Config) -> None:
     plan = make_train_plan(config, data, scale, device)
     resolved = resolved_train_config(config, plan)
     out = Path(config["out"]) if config["out"] else Path("runs") / train_name(data, resolved)
-    needed = lambda finished: bytes_of(plan, data.shape, rounds_held(plan.rounds, finished, config["keep"]))  # noqa: E731
+    needed = lambda finished: disk_bytes(plan, data.shape, rounds_held(plan.rounds, finished, config["keep"]))  # noqa: E731
     with Run(out, resolved, data.identity, needed, given=config, defaults=defaults, free=FREE_TRAIN) as run:
         interrupt.at_the_end(run.close)
         interrupt.check()
@@ -95,7 +95,7 @@ def train_command(config: Config, defaults: Config) -> None:
 def sample_command(run: Path, count: int, out: Path, levels: int, steps: int | None, seed: int, device: str) -> None:
     """`emdiff sample`: by accumulating measurements, or by parallel chains where the prior has fixed levels."""
     device = resolve_device(device)
-    prior = load_prior(prior_of(run), device)
+    prior = load_prior(prior_file(run), device)
     generator, own = stream(seed, "sample", device=device), own_levels(prior)
     many = steps or 1000
     bar = tqdm(total=count if own is None else many, desc="samples" if own is None else "steps", leave=False, file=sys.stderr)
@@ -119,7 +119,7 @@ def chain_command(
 ) -> None:
     """`emdiff sample --chain`."""
     device = resolve_device(device)
-    prior = load_prior(prior_of(run), device)
+    prior = load_prior(prior_file(run), device)
     if prior.scale.channels:
         raise UsageError(f"{run}: this prior standardises each channel by itself, so one sigma is not one M-density; sample it without --chain")
     own = own_levels(prior)
@@ -156,7 +156,7 @@ def chain_command(
 def denoise_command(run: Path, data: Observations, out: Path, rate: float | None, steps: int, device: str) -> None:
     """`emdiff denoise`; with a rate, the flow too."""
     device = resolve_device(device)
-    prior = load_prior(prior_of(run), device)
+    prior = load_prior(prior_file(run), device)
     check_shape(prior, data, run)
     standard = prior.scale.observations(data)
     direct = standard.observer.as_measurement(standard.obs)

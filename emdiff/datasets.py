@@ -78,12 +78,13 @@ class Dataset:
         return self if count is None else Dataset(self.name, min(count, self.count), self.shape, self.rows, f"{self.identity}:{count}")
 
     def part(self, index: Tensor) -> Dataset:
-        """The data at indices (n,), as a data set."""
+        """The data at indices (n,), int64, as a data set."""
         chosen = index.numpy()
-        return Dataset(self.name, len(chosen), self.shape, lambda at: self.rows(chosen[at]), self.identity)
+        identity = f"{self.identity}:{hashlib.sha256(chosen.tobytes()).hexdigest()}"
+        return Dataset(self.name, len(chosen), self.shape, lambda at: self.rows(chosen[at]), identity)
 
     def split(self, apart: int, generator: torch.Generator) -> tuple[Dataset, Dataset]:
-        """All data but `apart` random ones, and these, each in the order in which they are stored."""
+        """All data but `apart` random ones (N - apart, *S), and these (apart, *S), each in the order in which they are stored."""
         order = torch.randperm(self.count, generator=generator)
         return self.part(order[apart:].sort().values), self.part(order[:apart].sort().values)
 

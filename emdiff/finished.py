@@ -47,7 +47,7 @@ def latest_prior(run: Path) -> Path:
     return prior
 
 
-def prior_of(place: Path) -> Path:
+def prior_file(place: Path) -> Path:
     """The prior of a run, or the file itself where a file is named.
 
     Raises:

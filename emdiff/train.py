@@ -121,7 +121,22 @@ def measure_scale(data: Dataset, most: int = 200_000_000) -> Scale:
 
 
 def run_training(data: Dataset, scale: Scale, plan: TrainPlan, run: Run, listener: Listener) -> tuple[Prior, int]:
-    """Train a prior, continuing whatever the run folder holds; returns that of the round that is kept, and which round that is."""
+    """Train a prior, continuing whatever the run folder holds.
+
+    Args:
+        data: Clean data (N, *S), in the user's units.
+        scale: Their scale.
+        plan: How.
+        run: The run folder, which keeps every round.
+        listener: Told of progress and of every round.
+
+    Returns:
+        The prior of the round that is kept, on the plan's device, and which round that is.
+
+    Raises:
+        FitFailed: as `training.train`.
+        UsageError: for files of the run that cannot be read or written.
+    """
     training, apart = data.split(plan.held_out, stream(plan.seed, "held out")) if plan.held_out else (data, None)
     often = plan.steps * plan.batch >= len(training)  # all of them are read anyway
     source = Standardised(training, scale, plan.flips, plan.device if often else "cpu")
@@ -145,19 +160,20 @@ def run_training(data: Dataset, scale: Scale, plan: TrainPlan, run: Run, listene
             metrics |= {"prior_mean": float(pictures["samples"].mean()), "prior_std": float(pictures["samples"].std())}
         metrics |= {"iter": k, "seconds": time.perf_counter() - clock}
         run.finish(k, metrics)
-        run.choose(kept(run.history()))
+        run.choose(best_round(run.history()))
         (run.round_path(k - 1) / "memory.safetensors").unlink(missing_ok=True)
         listener.round(k, metrics, pictures)
-    best = kept(run.history()) or plan.rounds
+    best = best_round(run.history()) or plan.rounds
+    run.choose(best_round(run.history()))  # again: a training may have been killed between the two files
     prior = load_prior(run.round_path(best) / "prior.safetensors", plan.device)
     save_prior(run.path / "prior.safetensors", prior)
     return prior, best
 
 
-def kept(history: list[dict[str, Any]]) -> int | None:
+def best_round(history: list[dict[str, Any]]) -> int | None:
     """The round of the least held-out loss; None where no data were held out.
 
-    >>> kept([{"iter": 0}, {"iter": 1, "held_out_loss": 2.0}, {"iter": 2, "held_out_loss": 3.0}])
+    >>> best_round([{"iter": 0}, {"iter": 1, "held_out_loss": 2.0}, {"iter": 2, "held_out_loss": 3.0}])
     1
     """
     rows = [row for row in history if "held_out_loss" in row]
@@ -184,14 +200,15 @@ def train_round(k: int, data: Standardised, plan: TrainPlan, run: Run, listener:
 
 
 def loss_of(denoiser: Denoiser, data: Standardised, plan: TrainPlan) -> ManyLevels | OneSet:
-    """What is minimised, on some data."""
+    """What is minimised, on some data: eq. 14 or its variants at fixed levels, else `ManyLevels`."""
     levels = fixed_levels(denoiser)
     return ManyLevels(data, plan.tau_last, TAU_FIRST, plan.masks) if levels is None else OneSet(data, levels, plan.objective)
 
 
 @torch.no_grad()
 def held_out_loss(prior: Prior, data: Standardised, plan: TrainPlan) -> float:
-    """What is minimised, of the averaged network, on data that it was not trained on; few are measured several times, alike in every round."""
+    """What is minimised (`loss_of`: per entry, in data variances), of the averaged network, on data (n, *S) that it was not trained on: with the same
+    draws in every round, and for a few data with up to MOST_LOOKS measurements of each."""
     generator, count = stream(plan.seed, "held-out loss", device=plan.device), data.stored.shape[0]
     loss, total, index = loss_of(prior.denoiser, data, plan), 0.0, torch.arange(count).repeat(max(1, min(MOST_LOOKS, LOSS_DATA // count)))
     for stored in ahead(data.read, index.split(plan.batch), generator.device):

@@ -33,7 +33,7 @@ def make_train_plan(config: Config, data: Dataset, scale: Scale, device: str) ->
     """
     model, fit = config["model"], config["train"]
     check_ranges(model, fit, config["pictures"])
-    apart = held_out(config["held_out"], len(data))
+    apart = held_out_count(config["held_out"], len(data))
     levels = levels_of(model, scale)
     if levels is None and fit["objective"] != "mean":
         raise UsageError(
@@ -53,7 +53,7 @@ def make_train_plan(config: Config, data: Dataset, scale: Scale, device: str) ->
     )  # fmt: skip
 
 
-def held_out(wanted: int | None, count: int) -> int:
+def held_out_count(wanted: int | None, count: int) -> int:
     """How many of `count` data are set aside; unless told, one in 20, and at most as many as a loss is a mean over.
 
     Raises:
@@ -66,9 +66,9 @@ def held_out(wanted: int | None, count: int) -> int:
     return wanted
 
 
-def bytes_of(plan: TrainPlan, shape: tuple[int, ...], rounds: int) -> int:
-    """What the priors of so many rounds take on the disk, and with them that of the run, a state, and what one round leaves to the next, old and new:
-    weights, their average, and up to two moments each, the state also the last good average."""
+def disk_bytes(plan: TrainPlan, shape: tuple[int, ...], rounds: int) -> int:
+    """Bytes that a training of data of shape S takes on the disk: the priors of so many rounds and of the run, the state within a round, and what one
+    round leaves to the next, old and new. That is weights, their average and up to two moments each, in the state also the last good average."""
     with torch.device("meta"):
         denoiser = build_network(shape, **{**plan.network, **({"spectral": False} if "spectral" in plan.network else {})})
     return 4 * sum(p.numel() for p in denoiser.parameters()) * (rounds + 1 + 5 + 2 * 4)

@@ -37,7 +37,7 @@ from emdiff.chain_figures import ChainFigures
 from emdiff.classifier import digit_classifier
 from emdiff.figures import save_fields, save_rows, save_samples
 from emdiff.files import write_json
-from emdiff.finished import prior_of as run_prior
+from emdiff.finished import prior_file
 from emdiff.measurement import measure
 from emdiff.mixture import MixtureDenoiser
 from emdiff.models import fixed_levels
@@ -72,7 +72,7 @@ def digits(args: argparse.Namespace, part: str = "train") -> tuple[Tensor, Tenso
 
 def prior_of(args: argparse.Namespace, run: Path | None = None) -> Prior:
     """The prior of a run folder, or of a file."""
-    return load_prior(run_prior(run or args.run), args.device)
+    return load_prior(prior_file(run or args.run), args.device)
 
 
 def fig1(args: argparse.Namespace) -> None:

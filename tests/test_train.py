@@ -163,6 +163,9 @@ def test_held_out_data_choose_the_round_that_is_kept(capsys):
     assert all(torch.equal(kept[name], value) for name, value in weights(f"t/round_{best:03d}/prior.safetensors").items())
     assert any(not torch.equal(kept[name], last[name]) for name in kept) and latest_prior(Path("t")).parent.name == f"round_{best:03d}"
     assert f"least after round {best}" in capsys.readouterr().out
+    Path("t/best.json").unlink()  # as a training leaves it that is killed before it writes this file
+    main(["train", "--data", "noise.npz", "--out", "t", "--held_out", "10", *learn])
+    assert latest_prior(Path("t")).parent.name == f"round_{best:03d}"
     main(["train", "--data", "noise.npz", "--out", "few", "--held_out", "10", "--keep", "1", *learn])
     assert sorted(p.parent.name for p in Path("few").glob("round_*/prior.safetensors")) == sorted({f"round_{best:03d}", "round_006"})
     assert Path("few/metrics.jsonl").read_text().count("held_out_loss") == 6 and not Path("few/figures/data_004.png").exists()
