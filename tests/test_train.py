@@ -12,12 +12,12 @@ import yaml
 
 from emdiff import plan
 from emdiff.cli import main
-from emdiff.datasets import open_dataset
+from emdiff.datasets import Dataset, open_dataset
 from emdiff.errors import UsageError
 from emdiff.finished import latest_prior
-from emdiff.prior import build_network, load_prior
+from emdiff.prior import Prior, build_network, load_prior
 from emdiff.scale import Scale
-from emdiff.train_plan import choose_model, levels_of, make_train_plan
+from emdiff.train_plan import choose_model, disk_bytes, held_out_count, levels_of, make_train_plan
 
 SMALL = ["--train.steps", "12", "--train.batch", "32", "--train.rounds", "2", "--pictures", "4", "--wandb", "off", "--device", "cpu"]
 CONFIGS = sorted(p for p in (Path(__file__).parents[1] / "configs").glob("*.yaml") if "train:" in p.read_text() and "model:" in p.read_text())
@@ -172,6 +172,51 @@ def test_held_out_data_choose_the_round_that_is_kept(capsys):
     main(["train", "--data", "noise.npz", "--out", "all", "--held_out", "0", *learn, "--train.steps", "60"])
     assert "held_out_loss" not in Path("all/metrics.jsonl").read_text() and latest_prior(Path("all")).parent.name == "round_006"
     assert "0 to 38" in refused(capsys, "train", "--data", "noise.npz", "--out", "u", "--held_out", "39", *learn)
+
+
+def test_the_held_out_loss_is_a_mean_over_data_and_looks(monkeypatch):
+    """7 data in batches of 3, each looked at 20 times: the mean of what the loss gives, whatever the last batch holds."""
+    import emdiff.train as module
+
+    x = np.arange(7, dtype="float32")[:, None] ** 2
+    seen = []
+    monkeypatch.setattr(module, "loss_of", lambda *_: lambda denoiser, stored, generator: (seen.append(len(stored)), stored.mean())[1])
+    plan = module.TrainPlan({}, 0.1, batch=3)
+    data = module.Standardised(Dataset("squares", 7, (1,), x.__getitem__, ""), Scale(0.0, 1.0))
+    assert module.held_out_loss(Prior(None, Scale(0.0, 1.0), (1,), 0.1, {}), data, plan) == pytest.approx(13.0)
+    assert sum(seen) == 140 and seen[-1] == 2
+
+
+def test_how_many_data_are_held_out():
+    assert [held_out_count(None, n) for n in (10, 1797, 60_000)] == [0, 89, 1000] and held_out_count(0, 50) == 0 and held_out_count(48, 50) == 48
+    for wanted in (-1, 49):
+        with pytest.raises(UsageError, match="0 to 48"):
+            held_out_count(wanted, 50)
+
+
+def test_a_training_says_how_much_of_the_disk_it_takes(monkeypatch):
+    """What is asked for covers what lies there, and grows with every round by a prior; a training that was stopped has its best round so far."""
+    import emdiff.train as module
+
+    asked, honest = [], module.train
+    monkeypatch.setattr("emdiff.commands_prior.disk_bytes", lambda *given: asked.append((given, disk_bytes(*given))) or 0)
+    main(["train", "--data", "digits", "--out", "t", "--held_out", "200", *SMALL])
+    (plan, shape, rounds), total = asked[0]
+    prior = Path("t/prior.safetensors").stat().st_size
+    assert rounds == 2 and disk_bytes(plan, shape, 12) - total == pytest.approx(10 * prior, rel=0.05)
+    assert total > sum(path.stat().st_size for path in Path("t").rglob("*.safetensors"))
+    calls = []
+
+    def killed(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return honest(*args, **kwargs)
+
+    monkeypatch.setattr(module, "train", killed)
+    with pytest.raises(SystemExit):
+        main(["train", "--data", "digits", "--out", "stopped", "--held_out", "200", *SMALL])
+    assert json.loads(Path("stopped/best.json").read_text()) == {"iter": 1}
 
 
 def test_a_prior_of_fixed_levels_is_walked_and_refused_for_posteriors(capsys):
