@@ -12,7 +12,7 @@
     python scripts/reproduce.py muvb --run RUN --rival RUN MDAE against MUVB: mixing and quality of chains of equal length
 
 RUN is a run folder of `emdiff train`, such as `emdiff train --config configs/mnist_cpu.yaml --data mnist --out RUN`. That is the size for a CPU; the
-paper's networks have `configs/mnist_*_gpu.yaml`, for minutes of a GPU, and `configs/mnist_1x16.yaml` and the like, for days. Networks run on a GPU
+paper's networks have `configs/mnist_*_gpu.yaml`, for minutes of a GPU, and `configs/mnist_1x16.yaml` and the like, for hours. Networks run on a GPU
 where there is one.
 Frechet distances are in 64 features of the classifier of scripts/mnist_features.py, to the 60,000 training digits; all test digits score 3.2, every
 second one 4.4.
