@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from emdiff.paper_nets import TABLE1, TABLE3, Bottleneck, Decoder, Encoder, U2Net, resolutions, spectrally_normalised
+from emdiff.paper_nets import RSU, TABLE1, TABLE3, Bottleneck, Decoder, Encoder, U2Net, resolutions, spectrally_normalised
 
 # Table 1, row by row: height, in (None: the input's), mid, out; then the side maps.
 ROWS = [(6, None, 64, 64), (5, 64, 128, 128), (4, 128, 128, 256), (3, 256, 256, 512), (3, 512, 256, 512),
@@ -109,3 +109,15 @@ def test_spectral_normalisation_holds_every_layer_to_norm_one():
     layers = [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     norms = [float(torch.linalg.matrix_norm(m.weight.detach().flatten(1), 2)) for m in layers]
     assert bool(out.isfinite().all()) and len(layers) == 10 and norms == pytest.approx([1.0] * 10, rel=1e-2)
+
+
+def test_a_stage_is_h_and_a_u_of_h():
+    """Height 3, written out: an activation after every convolution, the first of a resolution after pooling, skips beside what comes up."""
+    torch.manual_seed(0)
+    stage, x, silu = RSU(3, 2, 3, 5), torch.randn(2, 2, 9, 9), lambda a: a * torch.sigmoid(a)
+    h = silu(stage.first(x))
+    fine = silu(stage.down[0](h))
+    coarse = silu(stage.down[1](nn.functional.max_pool2d(fine, 2, ceil_mode=True)))
+    up = silu(stage.up[1](torch.cat([silu(stage.bottom(coarse)), coarse], 1)))
+    up = nn.functional.interpolate(up, size=(9, 9), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(stage(x), h + silu(stage.up[0](torch.cat([up, fine], 1))))

@@ -249,6 +249,9 @@ def test_a_prior_without_its_run_is_sampled_and_denoises(capsys):
     for command in ("reconstruct", "evaluate"):
         assert "needs the run folder" in refused(capsys, command, "--run", "alone.safetensors", "--observations", "obs.npz")
     assert "no such run folder" in refused(capsys, "sample", "--run", "none.safetensors")
+    file = Path("t/round_002/prior.safetensors")
+    file.write_bytes(Path("t/round_001/prior.safetensors").read_bytes())
+    assert "changed or is damaged" in refused(capsys, "sample", "--run", str(file))
 
 
 @pytest.mark.parametrize(
