@@ -238,6 +238,7 @@ def test_a_prior_of_fixed_levels_is_walked_and_refused_for_posteriors(capsys):
 def test_a_prior_without_its_run_is_sampled_and_denoises(capsys):
     """A file that came from elsewhere does what its run does, where a prior is all that is needed."""
     main(["train", "--data", "clean.npz", "--out", "t", *SMALL])
+    assert yaml.safe_load(Path("t/config.yaml").read_text())["held_out"] == 6  # of 120, where nothing was said
     shutil.copy("t/prior.safetensors", "alone.safetensors")
     made = {}
     for run in ("t", "alone.safetensors"):
