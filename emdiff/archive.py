@@ -16,8 +16,7 @@ from typing import IO, Any
 import h5py  # type: ignore[import-untyped]
 import numpy as np
 
-from emdiff.errors import UsageError
-from emdiff.files import one_line
+from emdiff.errors import UsageError, one_line
 
 SIGNATURES = {".npz": b"PK", ".npy": b"\x93NUMPY", ".h5": b"\x89HDF", ".hdf5": b"\x89HDF"}
 ARCHIVES = (".npz", ".h5", ".hdf5")

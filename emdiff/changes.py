@@ -20,8 +20,8 @@ import yaml
 
 import emdiff
 from emdiff.archive import open_archive
-from emdiff.errors import UsageError
-from emdiff.files import one_line, remove_leftovers, sha256
+from emdiff.errors import UsageError, one_line
+from emdiff.files import remove_leftovers, sha256
 from emdiff.reading import read_json, read_yaml
 
 FREE = ("iters", "stop", "device", "compile", "wandb", "out", "observations", "keep", "devices")

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from emdiff.errors import UsageError, one_line
@@ -33,14 +34,43 @@ class State(NamedTuple):
 
 
 def grouped(**groups: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of several groups under names GROUP:NAME, as `State.group` takes them apart; copies on the CPU."""
-    return {f"{group}:{name}": value.detach().cpu().clone().contiguous() for group, values in groups.items() for name, value in values.items()}
+    """Tensors of several groups under names GROUP:NAME, as `State.group` takes them apart; on the CPU, where those that lie there are not copied.
+
+    >>> list(grouped(weights={"a": torch.zeros(1)}))
+    ['weights:a']
+    """
+    return {f"{group}:{name}": value.detach().cpu() for group, values in groups.items() for name, value in values.items()}
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    """Write tensors to a safetensors file, that before it is replaced; in memory they are not copied, unless two share it or one is strided.
+
+    Args:
+        path: The file.
+        tensors: By name.
+        about: The file's metadata.
+
+    Raises:
+        UsageError: as `files.write_atomically`.
+    """
+    seen, whole = set[int](), dict[str, Tensor]()
+    for name, value in tensors.items():
+        where = value.untyped_storage().data_ptr()
+        whole[name] = value.clone(memory_format=torch.contiguous_format) if where in seen else value.contiguous()
+        seen.add(where)
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(whole, temporary, about)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    write_atomically(path, write)
 
 
 def save_state(path: Path, state: State) -> None:
     """Write a state; the one before it is replaced."""
-    content = save(state.tensors, {"of": state.of, "numbers": json.dumps(state.numbers)})
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    save_tensors(path, state.tensors, {"of": state.of, "numbers": json.dumps(state.numbers)})
 
 
 def load_state(path: Path | None, of: str) -> State | None:

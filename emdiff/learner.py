@@ -164,7 +164,7 @@ class Learner(pl.LightningModule):
 
     def remember(self) -> Memory:
         """What the next part continues from, on the CPU."""
-        host = lambda state: {name: value.detach().cpu().clone() for name, value in state.items()}
+        host = lambda state: {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
         return Memory(
             self.done(), host(self.denoiser.state_dict()), host(self.average.state_dict()), host(self._moments()), self.retreats, self.risen
         )  # fmt: skip

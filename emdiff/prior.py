@@ -14,15 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 import emdiff
 from emdiff.accumulate import accumulate, levels
 from emdiff.basewalk import descend, free
+from emdiff.checkpoint import save_tensors
 from emdiff.denoise import Denoiser
-from emdiff.errors import UsageError
-from emdiff.files import one_line, write_atomically
+from emdiff.errors import UsageError, one_line
 from emdiff.mdae import MDAE, ChannelMDAE
 from emdiff.mixture import MixtureDenoiser
 from emdiff.models import KINDS, build_model, fixed_levels
@@ -131,8 +130,8 @@ def save_prior(path: Path, prior: Prior) -> None:
         "scale": list(prior.scale),
         "tau_last": prior.tau_last,
     }
-    weights = {name: value.detach().cpu().contiguous() for name, value in prior.denoiser.state_dict().items()}
-    write_atomically(path, lambda temporary: temporary.write_bytes(save(weights, metadata={"emdiff": json.dumps(about)})))
+    weights = {name: value.detach().cpu() for name, value in prior.denoiser.state_dict().items()}
+    save_tensors(path, weights, {"emdiff": json.dumps(about)})
 
 
 def load_prior(path: Path, device: str = "cpu") -> Prior:

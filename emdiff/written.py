@@ -20,8 +20,7 @@ import h5py  # type: ignore[import-untyped]
 import numpy as np
 from torch import Tensor
 
-from emdiff.errors import UsageError
-from emdiff.files import one_line
+from emdiff.errors import UsageError, one_line
 from emdiff.rows import Index, Rows, at_offset, of_npy
 
 

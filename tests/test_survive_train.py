@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from test_train import SMALL, here, refused, weights  # noqa: F401
 from test_training import Line, slope_loss
 
 from emdiff import interrupt
+from emdiff.checkpoint import grouped, save_tensors
 from emdiff.cli import main
 from emdiff.errors import FitFailed, UsageError
 from emdiff.interrupt import Stopped
@@ -97,6 +100,33 @@ def test_a_rate_that_was_lowered_stays_so_in_the_next_part() -> None:
     assert second.retreats == 1 and abs(float(second.memory.weights["a"]) - 2 * 0.08 / RETREAT) < 1e-6
     with pytest.raises(FitFailed, match="3 times"):
         train(Line(), lambda net, i, g: net.a * float("nan"), steps=5, optimiser=sgd, memory=memory._replace(retreats=3), **how)
+
+
+def test_tensors_that_share_memory_or_are_strided_are_written_whole(tmp_path: Path) -> None:
+    a = torch.arange(24.0).reshape(1, 2, 3, 4)
+    tensors = {"a": a, "same": a, "part": a[0, 1], "strided": a.clone().to(memory_format=torch.channels_last), "none": torch.zeros(0)}
+    save_tensors(tmp_path / "t.safetensors", tensors, {"of": "it"})
+    with safe_open(tmp_path / "t.safetensors", "pt") as file:
+        assert file.metadata() == {"of": "it"} and set(file.keys()) == set(tensors)
+        assert all(torch.equal(file.get_tensor(name), value) for name, value in tensors.items())
+
+
+def test_tensors_for_a_file_are_not_copied_in_memory() -> None:
+    a = torch.zeros(3)
+    assert grouped(weights={"a": a})["weights:a"].data_ptr() == a.data_ptr()
+
+
+def test_a_disk_that_fills_up_leaves_the_tensors_that_were_there(tmp_path: Path) -> None:
+    path, (soft, hard) = tmp_path / "t.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
+    save_tensors(path, {"a": torch.ones(2)}, {})
+    before = path.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        with pytest.raises(UsageError, match=r"t.safetensors: cannot be written \(.*large.*\); check the folder and its free space"):
+            save_tensors(path, {"a": torch.ones(5000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before and not list(tmp_path.glob(".*"))
 
 
 def test_a_memory_is_read_back_or_refused(tmp_path: Path) -> None:
