@@ -7,6 +7,9 @@ The expectation is a mean over draws of eps. In training they are fresh for ever
 the same for all
 data: f is then a function of y, the score is its exact gradient, and xhat has a Jacobian; fresh draws would make every walk step on another energy.
 
+No q is much wider than the prior: where nu is linear its precision is I + J^T J / sigma^2. So the log std is held below WIDEST; an encoder that
+claims more, which happens early in training, hands the decoder latents unlike any that it has seen, and the loss rises a hundredfold (docs/paper.md).
+
 Without the metaencoder h and with M = 1 this is UVB (Saremi 2020). Views as in `mem`; the channel view is the paper's.
 
 Pooled, one network has every level. A decoder that has to reproduce ybar to within tau would see its error over tau^2 in the energy, and an encoder
@@ -22,11 +25,17 @@ Source: Multimeasurement Generative Models (Saremi & Srivastava 2022), App. C.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from emdiff.mem import EnergyDenoiser, Scalar, coordinate, meta, quadratic, scaled, stacked
 from emdiff.paper_nets import Decoder, Encoder
+
+WIDEST, NARROWEST = 0.5, -5.0
+"""Between which the log std of q is held."""
 
 
 class MUVB(EnergyDenoiser):
@@ -41,6 +50,9 @@ class MUVB(EnergyDenoiser):
         draws: Draws of eps in eval mode, even.
         seed: Seed of those draws.
         spread: Std of x about the decoder's output, in units of the data's std; has no part in the channel view.
+
+    Attributes:
+        bf16: Run the networks in bfloat16 autocast; the energy and its gradient are formed in the precision of the input.
 
     >>> muvb = MUVB(VectorEncoder(3, 2), VectorDecoder((1, 3), 2), 2).eval()
     >>> muvb.xhat(torch.zeros(2, 4, 3), torch.ones(4)).shape
@@ -59,19 +71,21 @@ class MUVB(EnergyDenoiser):
         spread: float = 1.0,
     ) -> None:
         super().__init__(levels)
+        self.bf16 = False
         self.spread = spread if self.pooled else 0.0
         self.encoder, self.decoder, self.metaencoder, self.latent = encoder, decoder, metaencoder, latent
         half = torch.randn(draws // 2, 1, latent, generator=torch.Generator().manual_seed(seed))
         self.register_buffer("eps", torch.cat([half, -half]))
 
     def posterior(self, y: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log std of q(z | y), (B, latent) each; the log std is held within +-5."""
+        """Mean and log std of q(z | y), (B, latent) each."""
         c = coordinate(y, sigma)
-        mean, log_std = self.encoder(scaled(y, sigma), c).chunk(2, dim=1)
+        mean, log_std = self._run(self.encoder, scaled(y, sigma), c).chunk(2, dim=1)
         if self.pooled:
             w = -torch.expm1(-2 * c).flatten(1).mean(1, keepdim=True)
             mean, log_std = w.sqrt() * mean, w * log_std
-        return mean, 5 * torch.tanh(log_std / 5)
+        bound = torch.where(log_std < 0, -NARROWEST, WIDEST)
+        return mean, bound * torch.tanh(log_std / bound)
 
     def free_energy(self, y: Tensor, sigma: Tensor) -> Tensor:
         """f, shape (B,)."""
@@ -81,10 +95,16 @@ class MUVB(EnergyDenoiser):
         K = len(z)
         repeat = lambda a: a.expand(K, *a.shape).reshape(-1, *a.shape[1:])
         levels = c if len(c) == 1 else repeat(c)
-        nu = self.decoder(z.flatten(0, 1), levels)
+        nu = self._run(self.decoder, z.flatten(0, 1), levels)
         many, s = repeat(y), sigma if sigma.ndim <= 1 or len(sigma) == 1 else repeat(sigma)
-        terms = quadratic(many, nu, torch.hypot(s, s.new_tensor(self.spread))) + meta(self.metaencoder, many, nu, s)
+        h = self.metaencoder and partial(self._run, self.metaencoder)
+        terms = quadratic(many, nu, torch.hypot(s, s.new_tensor(self.spread))) + meta(h, many, nu, s)
         return terms.reshape(K, len(y)).mean(0) + kl(mean, log_std)
+
+    def _run(self, net: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """The output of a network, in the precision of its inputs."""
+        with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=self.bf16):
+            return net(*inputs).to(inputs[0].dtype)
 
 
 def kl(mean: Tensor, log_std: Tensor) -> Tensor:

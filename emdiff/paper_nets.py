@@ -158,10 +158,11 @@ class Encoder(nn.Module):
             nn.Sequential(*(Bottleneck(inputs[i] if j == 0 else w, w, sides[i]) for j in range(n))) for i, (w, n) in enumerate(zip(widths, blocks))
         )
         self.head = nn.Linear(widths[-1], out)
+        self.to(memory_format=LAYOUTS[2])
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, channels, H, W) -> (B, out)."""
-        h = self.first(x)
+        h = self.first(x.contiguous(memory_format=LAYOUTS[2]))
         for i, stage in enumerate(self.stages):
             h = stage(F.avg_pool2d(h, 2, ceil_mode=True) if i else h)
         return self.head(F.silu(h).mean((2, 3)))
@@ -186,6 +187,7 @@ class Decoder(nn.Module):
             nn.Sequential(*(Bottleneck(inputs[i] if j == 0 else wide[i], wide[i], sides[i]) for j in range(counts[i]))) for i in range(n)
         )
         self.head = nn.Conv2d(widths[0], channels, 1)
+        self.to(memory_format=LAYOUTS[2])
 
     def forward(self, z: Tensor) -> Tensor:
         """z (B, inp) -> (B, channels, H, W)."""

@@ -25,8 +25,8 @@ from emdiff.errors import UsageError, one_line
 from emdiff.mdae import MDAE, ChannelMDAE
 from emdiff.mixture import MixtureDenoiser
 from emdiff.models import KINDS, build_model, fixed_levels
+from emdiff.muvb import MUVB
 from emdiff.nn import MLP, UNet
-from emdiff.paper_nets import U2Net
 from emdiff.scale import Scale
 
 NETWORKS: dict[str, type[nn.Module]] = {"unet": UNet, "mlp": MLP}
@@ -107,14 +107,14 @@ def build_network(shape: tuple[int, ...], kind: str, base: int = 0, **options: A
 
 
 def set_precision(denoiser: Denoiser, device: str) -> Denoiser:
-    """Run the convolutional backbone of an MDAE in bfloat16 where the hardware computes in it; returns the denoiser.
+    """Run the convolutional networks of an MDAE, or of a MUVB of fixed levels, in bfloat16 where the hardware computes in it; returns the denoiser.
 
-    Energies stay in float32: their score is a difference of large terms. So do volumes: the backward pass of torch 2.15's three-dimensional
-    convolutions in bfloat16 on a CPU was seen to give NaN.
+    Other energies stay in float32: where noise is small their score is a difference of large terms. So do volumes: the backward pass of torch 2.15's
+    three-dimensional convolutions in bfloat16 on a CPU was seen to give NaN.
     """
-    if not isinstance(denoiser, (MDAE, ChannelMDAE)):
+    if not isinstance(denoiser, (MDAE, ChannelMDAE, MUVB)):
         return denoiser
-    conv = isinstance(denoiser.backbone, (UNet, U2Net)) and getattr(denoiser.backbone, "dims", 2) < 3
+    conv = any(isinstance(module, (nn.Conv1d, nn.Conv2d)) for module in denoiser.modules()) and not (isinstance(denoiser, MUVB) and denoiser.pooled)
     cpu = device == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     denoiser.bf16 = bool(conv and (cpu or (device == "cuda" and torch.cuda.is_bf16_supported())))
     return denoiser

@@ -12,6 +12,7 @@ from emdiff.measurement import align, measure, pool
 from emdiff.mem import MEM
 from emdiff.models import build_model, fixed_levels
 from emdiff.muvb import MUVB, kl
+from emdiff.prior import set_precision
 from observers import Identity
 
 LEVELS = [0.75, 1.25, 0.5]
@@ -133,6 +134,47 @@ def test_muvb_of_a_gaussian_has_its_closed_form(spread):
     for sigma in (SIGMA, 0.05 * SIGMA, 10 * SIGMA):
         y = measured(4)
         torch.testing.assert_close(model.xhat(y, sigma), exact.xhat(y, sigma), rtol=1e-9, atol=1e-10)
+
+
+class Constant(torch.nn.Module):
+    """An encoder that says the same of all data."""
+
+    def __init__(self, said):
+        super().__init__()
+        self.said = said
+
+    def forward(self, z, c):
+        return self.said.expand(len(z), -1)
+
+
+def test_no_posterior_of_latents_is_much_wider_than_their_prior():
+    """log std is as the encoder says near 0, twice differentiable there, and held from -5 to 1/2."""
+    said = torch.tensor([0.0, 0.0, -1e-3, 1e-3, -100.0, 100.0], dtype=torch.float64)
+    model = MUVB(Constant(said), Loadings(torch.eye(3)), 3, levels=SIGMA)
+    log_std = model.posterior(measured(2), SIGMA)[1][0]
+    torch.testing.assert_close(log_std, torch.tensor([1e-3, -5.0, 0.5], dtype=torch.float64), rtol=1e-5, atol=0)
+
+    def bounded(l):
+        model.encoder.said = torch.cat([torch.zeros(3, dtype=torch.float64), l])
+        return model.posterior(measured(1), SIGMA)[1]
+
+    at = torch.tensor([-0.7, 0.0, 0.6], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(bounded, at) and torch.autograd.gradgradcheck(bounded, at)
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU does not compute in bfloat16")
+@pytest.mark.parametrize("view", ["channels", "pooled"])
+def test_muvb_of_fixed_levels_runs_in_bfloat16(view):
+    """Its estimates differ by the rounding of that; at all levels, fine ones among them, it stays in float32."""
+    net, levels = {"kind": "resnet", "widths": (8, 16), "latent": 8}, torch.tensor([3.0, 3.0])
+    model = build_model((8, 8), "muvb", net, levels.tolist() if view == "channels" else None, {"widths": (8, 16)}).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.4)
+    y = 3 * torch.randn(16, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    exact = model.xhat(y, levels).detach()
+    found = set_precision(model, "cpu").xhat(y, levels).detach()
+    error = float(((found - exact).square().mean() / exact.var()).sqrt())
+    assert found.dtype == torch.float32 and (1e-3 < error < 0.05 if view == "channels" else error == 0)
 
 
 def test_what_was_not_measured_moves_no_estimate():
