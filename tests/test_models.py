@@ -102,7 +102,7 @@ def test_mem_of_a_gaussian_has_its_closed_form():
 
 
 class ExactEncoder(torch.nn.Module):
-    """q(z | y) of x = W z + s noise, W with orthogonal columns, as `MUVB.posterior` scales it: w^(1/2) mean, w log std, and log std by tanh."""
+    """q(z | y) of x = W z + s noise, W with orthogonal columns, as `MUVB.posterior` scales it: w^(1/2) mean, w log std, both by tanh."""
 
     def __init__(self, W, s):
         super().__init__()
@@ -113,7 +113,8 @@ class ExactEncoder(torch.nn.Module):
         y, w, noise = z.flatten(1) * (1 + tau2).sqrt(), 1 / (1 + tau2), self.s**2 + tau2
         variance = 1 / (1 + self.W.square().sum(0) / noise)
         log_std = (5 * torch.atanh(variance.log() / 10) / w).expand(len(y), -1)
-        return torch.cat([variance * (y @ self.W) / noise / w.sqrt(), log_std], dim=1)
+        mean = 5 * torch.atanh(variance * (y @ self.W) / noise / 5)
+        return torch.cat([mean / w.sqrt(), log_std], dim=1)
 
 
 class Loadings(torch.nn.Module):
@@ -147,18 +148,19 @@ class Constant(torch.nn.Module):
         return self.said.expand(len(z), -1)
 
 
-def test_no_posterior_of_latents_is_much_wider_than_their_prior():
-    """log std is as the encoder says near 0, twice differentiable there, and held from -5 to 1/2."""
-    said = torch.tensor([0.0, 0.0, -1e-3, 1e-3, -100.0, 100.0], dtype=torch.float64)
+def test_no_posterior_of_latents_is_much_wider_than_their_prior_or_far_out_in_it():
+    """Mean and log std are as the encoder says near 0, twice differentiable there, and held within 5, and from -5 to 1/2."""
+    said = torch.tensor([-1e-3, -100.0, 100.0, 1e-3, -100.0, 100.0], dtype=torch.float64)
     model = MUVB(Constant(said), Loadings(torch.eye(3)), 3, levels=SIGMA)
-    log_std = model.posterior(measured(2), SIGMA)[1][0]
-    torch.testing.assert_close(log_std, torch.tensor([1e-3, -5.0, 0.5], dtype=torch.float64), rtol=1e-5, atol=0)
+    mean, log_std = model.posterior(measured(2), SIGMA)
+    torch.testing.assert_close(mean[0], torch.tensor([-1e-3, -5.0, 5.0], dtype=torch.float64), rtol=1e-5, atol=0)
+    torch.testing.assert_close(log_std[0], torch.tensor([1e-3, -5.0, 0.5], dtype=torch.float64), rtol=1e-5, atol=0)
 
-    def bounded(l):
-        model.encoder.said = torch.cat([torch.zeros(3, dtype=torch.float64), l])
-        return model.posterior(measured(1), SIGMA)[1]
+    def bounded(said):
+        model.encoder.said = said
+        return model.posterior(measured(1), SIGMA)
 
-    at = torch.tensor([-0.7, 0.0, 0.6], dtype=torch.float64, requires_grad=True)
+    at = torch.tensor([0.4, 0.0, -0.3, -0.7, 0.0, 0.6], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(bounded, at) and torch.autograd.gradgradcheck(bounded, at)
 
 
