@@ -7,10 +7,10 @@ The expectation is a mean over draws of eps. In training they are fresh for ever
 the same for all
 data: f is then a function of y, the score is its exact gradient, and xhat has a Jacobian; fresh draws would make every walk step on another energy.
 
-No q is much wider than the prior, since where nu is linear its precision is I + J^T J / sigma^2, and none lies far out in it. So its log std is held
-below WIDEST and its mean within FARTHEST. An encoder that claims more, as one does early in training, has a KL whose slope in y, mean * d mean / dy,
-grows with the square of the claim, and hands the decoder latents unlike any that it has seen: the loss rises by a factor of up to a million
-(docs/paper.md).
+No q is much wider than the prior, since where nu is linear its precision is I + J^T J / sigma^2, and few lie far out in it. So its log std is held
+below WIDEST, and its mean grows with the logarithm of what the encoder says once that is beyond FAR. An encoder that claims more, as one does early
+in training, has a KL whose slope in y, mean * d mean / dy, grows with the square of the claim, and hands the decoder latents unlike any that it has
+seen: the loss rises by a factor of up to a million (docs/paper.md). No bound is so flat that a claim beyond it is never taken back.
 
 Without the metaencoder h and with M = 1 this is UVB (Saremi 2020). Views as in `mem`; the channel view is the paper's.
 
@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from emdiff.mem import EnergyDenoiser, Scalar, coordinate, meta, quadratic, scaled, stacked
 from emdiff.paper_nets import Decoder, Encoder
 
-WIDEST, NARROWEST, FARTHEST = 0.5, -5.0, 5.0
-"""The largest and least log std of q, and its largest |mean|."""
+WIDEST, NARROWEST, FAR = 0.5, -5.0, 3.0
+"""The largest and least log std of q; from where on |mean| grows slowly."""
 
 
 class MUVB(EnergyDenoiser):
@@ -87,7 +87,7 @@ class MUVB(EnergyDenoiser):
             w = -torch.expm1(-2 * c).flatten(1).mean(1, keepdim=True)
             mean, log_std = w.sqrt() * mean, w * log_std
         bound = torch.where(log_std < 0, -NARROWEST, WIDEST)
-        return FARTHEST * torch.tanh(mean / FARTHEST), bound * torch.tanh(log_std / bound)
+        return FAR * torch.asinh(mean / FAR), log_std / torch.sqrt(1 + (log_std / bound).square())
 
     def free_energy(self, y: Tensor, sigma: Tensor) -> Tensor:
         """f, shape (B,)."""
