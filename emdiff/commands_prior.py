@@ -89,7 +89,8 @@ def train_command(config: Config, defaults: Config) -> None:
     if best < plan.rounds:
         print(f"note: the loss of the data held out was least after round {best}, whose prior is kept; later rounds did worse on them")
     print(f"prior: {out / 'prior.safetensors'}   pictures: {out / 'figures'}   figures: {out / 'metrics.jsonl'}")
-    print(f"next: emdiff sample --run {out}; emdiff sample --run {out} --chain true; emdiff fit --init-prior {out / 'prior.safetensors'}")
+    start = "" if plan.network.get("levels") else f"; emdiff fit --init-prior {out / 'prior.safetensors'}"  # of fixed levels, fit takes none
+    print(f"next: emdiff sample --run {out}; emdiff sample --run {out} --chain true{start}")
 
 
 def sample_command(run: Path, count: int, out: Path, levels: int, steps: int | None, seed: int, device: str) -> None:

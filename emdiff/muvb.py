@@ -8,9 +8,10 @@ the same for all
 data: f is then a function of y, the score is its exact gradient, and xhat has a Jacobian; fresh draws would make every walk step on another energy.
 
 No q is much wider than the prior, since where nu is linear its precision is I + J^T J / sigma^2, and few lie far out in it. So its log std is held
-below WIDEST, and its mean grows with the logarithm of what the encoder says once that is beyond FAR. An encoder that claims more, as one does early
-in training, has a KL whose slope in y, mean * d mean / dy, grows with the square of the claim, and hands the decoder latents unlike any that it has
-seen: the loss rises by a factor of up to a million (docs/paper.md). No bound is so flat that a claim beyond it is never taken back.
+below WIDEST, and its mean grows with the logarithm of what the encoder says once that is beyond FAR_OUT. An encoder that claims more, as one does
+early in training, has a KL whose slope in y, mean * d mean / dy, grows with the square of the claim, and hands the decoder latents unlike any that it
+has seen: the loss rises by a factor of up to a million (docs/paper.md). The bounds level off as powers of the claim: what is claimed beyond them can
+be taken back, as by tanh it cannot.
 
 Without the metaencoder h and with M = 1 this is UVB (Saremi 2020). Views as in `mem`; the channel view is the paper's.
 
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 from emdiff.mem import EnergyDenoiser, Scalar, coordinate, meta, quadratic, scaled, stacked
 from emdiff.paper_nets import Decoder, Encoder
 
-WIDEST, NARROWEST, FAR = 0.5, -5.0, 3.0
+WIDEST, NARROWEST, FAR_OUT = 0.5, -5.0, 3.0
 """The largest and least log std of q; from where on |mean| grows slowly."""
 
 
@@ -80,14 +81,14 @@ class MUVB(EnergyDenoiser):
         self.register_buffer("eps", torch.cat([half, -half]))
 
     def posterior(self, y: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log std of q(z | y), (B, latent) each."""
+        """Mean and log std of q(z | y), (B, latent) each, held near the prior as said above."""
         c = coordinate(y, sigma)
         mean, log_std = self._run(self.encoder, scaled(y, sigma), c).chunk(2, dim=1)
         if self.pooled:
             w = -torch.expm1(-2 * c).flatten(1).mean(1, keepdim=True)
             mean, log_std = w.sqrt() * mean, w * log_std
         bound = torch.where(log_std < 0, -NARROWEST, WIDEST)
-        return FAR * torch.asinh(mean / FAR), log_std / torch.sqrt(1 + (log_std / bound).square())
+        return FAR_OUT * torch.asinh(mean / FAR_OUT), log_std / torch.sqrt(1 + (log_std / bound).square())
 
     def free_energy(self, y: Tensor, sigma: Tensor) -> Tensor:
         """f, shape (B,)."""
@@ -104,7 +105,7 @@ class MUVB(EnergyDenoiser):
         return terms.reshape(K, len(y)).mean(0) + kl(mean, log_std)
 
     def _run(self, net: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """The output of a network, in the precision of its inputs."""
+        """The output of a network, computed in bfloat16 if `bf16`, in the precision of the inputs."""
         with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=self.bf16):
             return net(*inputs).to(inputs[0].dtype)
 

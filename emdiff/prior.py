@@ -38,8 +38,8 @@ TAU_FIRST = 20.0
 LARGEST = 10_000
 """Most features, blocks and so on of a network that is read from a file; its square, entries of a datum or latent variables."""
 
-FORMAT = 2
-"""Of the files: in those before 2, which have no such number, maps of levels modulated a U-Net entry by entry."""
+FORMAT = 3
+"""Of the files: in those before 2, which have no such number, maps of levels modulated a U-Net entry by entry; before 3 MUVB had other bounds."""
 
 MOST_OPTIONS = 5000
 """Most plain values in the arguments of a network that is read from a file: one per level, of which there can be 4096, and some."""
@@ -114,10 +114,17 @@ def set_precision(denoiser: Denoiser, device: str) -> Denoiser:
     """
     if not isinstance(denoiser, (MDAE, ChannelMDAE, MUVB)):
         return denoiser
-    conv = any(isinstance(module, (nn.Conv1d, nn.Conv2d)) for module in denoiser.modules()) and not (isinstance(denoiser, MUVB) and denoiser.pooled)
-    cpu = device == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    denoiser.bf16 = bool(conv and (cpu or (device == "cuda" and torch.cuda.is_bf16_supported())))
+    flat = any(isinstance(module, (nn.Conv1d, nn.Conv2d)) for module in denoiser.modules())
+    fine = isinstance(denoiser, MUVB) and denoiser.pooled
+    denoiser.bf16 = flat and not fine and has_bfloat16(device)
     return denoiser
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether a device, "cpu" or "cuda", computes convolutions in bfloat16 in hardware."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def save_prior(path: Path, prior: Prior) -> None:
@@ -172,8 +179,9 @@ def _checked(about: dict[str, Any]) -> tuple[tuple[int, ...], dict[str, Any], Sc
     options = list(_options(network))
     if len(options) > MOST_OPTIONS or not all(_possible(*option) for option in options):
         raise ValueError(f"network {network}")
-    if network.get("maps") and int(about.get("format", 1)) < FORMAT:
-        raise ValueError("its network is modulated by maps of levels, as this version's are not; train it again")
+    since = 3 if network.get("kind") == "muvb" else 2 if network.get("maps") else 1
+    if int(about.get("format", 1)) < since:
+        raise ValueError("this version computes its network otherwise than the one that trained it; train it again")
     if not (1 <= len(shape) <= 8 and all(type(n) is int and n > 0 for n in shape) and math.prod(shape) <= LARGEST**2):
         raise ValueError(f"shape {shape}")
     moments = [(scale.mean, scale.std), *scale.channels]

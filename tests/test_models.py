@@ -1,18 +1,23 @@
 """MDAE, MEM2 and MUVB: the score is the energy's gradient, the Jacobian is whole, unequal levels, and guidance runs on all of them."""
 
+import json
 import math
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from emdiff.denoise import GaussianDenoiser
+from emdiff.errors import UsageError
 from emdiff.guidance import PosteriorDenoiser
 from emdiff.mdae import ChannelMDAE
 from emdiff.measurement import align, measure, pool
 from emdiff.mem import MEM
 from emdiff.models import build_model, fixed_levels
 from emdiff.muvb import MUVB, kl
-from emdiff.prior import set_precision
+from emdiff.prior import Prior, build_network, load_prior, save_prior, set_precision
+from emdiff.scale import Scale
 from observers import Identity
 
 LEVELS = [0.75, 1.25, 0.5]
@@ -151,7 +156,7 @@ class Constant(torch.nn.Module):
 
 def test_no_posterior_of_latents_is_much_wider_than_their_prior_or_far_out_in_it():
     """Mean and log std are as the encoder says near 0, and twice differentiable there; beyond, log std is held from -5 to 1/2, and the mean times its
-    slope, which is that of the KL, below 3; what is far out can still be taken back."""
+    slope, which is that of the KL, below 3; a claim far beyond has a slope still."""
     said = torch.tensor([-1e-3, -1e6, 1e6, 1e-3, -1e6, 1e6], dtype=torch.float64, requires_grad=True)
     model = MUVB(Constant(said), Loadings(torch.eye(3)), 3, levels=SIGMA)
     mean, log_std = model.posterior(measured(1), SIGMA)
@@ -169,19 +174,38 @@ def test_no_posterior_of_latents_is_much_wider_than_their_prior_or_far_out_in_it
     assert torch.autograd.gradcheck(bounded, at) and torch.autograd.gradgradcheck(bounded, at)
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU does not compute in bfloat16")
 @pytest.mark.parametrize("view", ["channels", "pooled"])
-def test_muvb_of_fixed_levels_runs_in_bfloat16(view):
-    """Its estimates differ by the rounding of that; at all levels, fine ones among them, it stays in float32."""
+def test_muvb_of_fixed_levels_runs_in_bfloat16(view, monkeypatch):
+    """Where the hardware has it. Estimates differ by the rounding of that; at all levels, fine ones among them, it stays in float32."""
     net, levels = {"kind": "resnet", "widths": (8, 16), "latent": 8}, torch.tensor([3.0, 3.0])
     model = build_model((8, 8), "muvb", net, levels.tolist() if view == "channels" else None, {"widths": (8, 16)}).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.4)
     y = 3 * torch.randn(16, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     exact = model.xhat(y, levels).detach()
+    monkeypatch.setattr("emdiff.prior.has_bfloat16", lambda device: False)
+    assert torch.equal(set_precision(model, "cpu").xhat(y, levels), exact)
+    monkeypatch.setattr("emdiff.prior.has_bfloat16", lambda device: True)  # others compute in it too, slowly
     found = set_precision(model, "cpu").xhat(y, levels).detach()
     error = float(((found - exact).square().mean() / exact.var()).sqrt())
     assert found.dtype == torch.float32 and (1e-3 < error < 0.05 if view == "channels" else error == 0)
+
+
+@pytest.mark.parametrize("kind, written, read", [("muvb", 2, False), ("muvb", 3, True), ("mem", 2, True), ("mem", None, True)])
+def test_a_prior_that_this_version_would_compute_otherwise_is_refused(kind, written, read, tmp_path):
+    """Weights of a MUVB under other bounds would be another energy; those of other kinds are what they were."""
+    network = {"kind": kind, "net": NET[kind], "levels": LEVELS, "metaencoder": None, "spectral": False}
+    path = tmp_path / "prior.safetensors"
+    save_prior(path, Prior(build_network((3,), **network), Scale(0.0, 1.0), (3,), 0.4, network))
+    with safe_open(path, "pt") as file:
+        about, weights = json.loads(file.metadata()["emdiff"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    about = {k: v for k, v in about.items() if k != "format"} | ({"format": written} if written else {})
+    save_file(weights, path, {"emdiff": json.dumps(about)})
+    if read:
+        assert load_prior(path).network == network
+    else:
+        with pytest.raises(UsageError, match="train it again"):
+            load_prior(path)
 
 
 def test_what_was_not_measured_moves_no_estimate():

@@ -121,11 +121,8 @@ def test_an_energy_is_a_prior_for_fit_with_second_derivatives(kind):
     assert 0 < figures["chi2"] < 100 and figures["solver_iterations"] > 0 and figures["restarted"] == 0
 
 
-@pytest.mark.parametrize("extra", [[], ["--train.optimizer", "sgd", "--model.spectral_norm", "true"],
-                                   ["--model.parametrisation", "muvb", "--model.width", "0.1", "--model.latent", "2"]])  # fmt: skip
-def test_an_interrupted_training_ends_at_the_same_weights(extra, monkeypatch):
-    """Killed in the middle of its second round, and continued by the same command: bit for bit the weights of one that was not."""
-    main(["train", "--data", "clean.npz", "--out", "whole", *SMALL, *extra])
+def killed_in_round_two(monkeypatch, command):
+    """Run a training whose second round is interrupted when it begins to train."""
     import emdiff.train as module
 
     honest, calls = module.train, []
@@ -136,10 +133,18 @@ def test_an_interrupted_training_ends_at_the_same_weights(extra, monkeypatch):
             raise KeyboardInterrupt
         return honest(*args, **kwargs)
 
-    monkeypatch.setattr(module, "train", killed)
-    with pytest.raises(SystemExit):
-        main(["train", "--data", "clean.npz", "--out", "parts", *SMALL, *extra])
-    monkeypatch.setattr(module, "train", honest)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train", killed)
+        with pytest.raises(SystemExit):
+            main(command)
+
+
+@pytest.mark.parametrize("extra", [[], ["--train.optimizer", "sgd", "--model.spectral_norm", "true"],
+                                   ["--model.parametrisation", "muvb", "--model.width", "0.1", "--model.latent", "2"]])  # fmt: skip
+def test_an_interrupted_training_ends_at_the_same_weights(extra, monkeypatch):
+    """Killed in the middle of its second round, and continued by the same command: bit for bit the weights of one that was not."""
+    main(["train", "--data", "clean.npz", "--out", "whole", *SMALL, *extra])
+    killed_in_round_two(monkeypatch, ["train", "--data", "clean.npz", "--out", "parts", *SMALL, *extra])
     main(["train", "--data", "clean.npz", "--out", "parts", *SMALL, *extra])
     a, b = weights("whole/prior.safetensors"), weights("parts/prior.safetensors")
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -196,32 +201,21 @@ def test_how_many_data_are_held_out():
 
 def test_a_training_says_how_much_of_the_disk_it_takes(monkeypatch):
     """What is asked for covers what lies there, and grows with every round by a prior; a training that was stopped has its best round so far."""
-    import emdiff.train as module
-
-    asked, honest = [], module.train
+    asked = []
     monkeypatch.setattr("emdiff.commands_prior.disk_bytes", lambda *given: asked.append((given, disk_bytes(*given))) or 0)
     main(["train", "--data", "digits", "--out", "t", "--held_out", "200", *SMALL])
     (plan, shape, rounds), total = asked[0]
     prior = Path("t/prior.safetensors").stat().st_size
     assert rounds == 2 and disk_bytes(plan, shape, 12) - total == pytest.approx(10 * prior, rel=0.05)
     assert total > sum(path.stat().st_size for path in Path("t").rglob("*.safetensors"))
-    calls = []
-
-    def killed(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return honest(*args, **kwargs)
-
-    monkeypatch.setattr(module, "train", killed)
-    with pytest.raises(SystemExit):
-        main(["train", "--data", "digits", "--out", "stopped", "--held_out", "200", *SMALL])
+    killed_in_round_two(monkeypatch, ["train", "--data", "digits", "--out", "stopped", "--held_out", "200", *SMALL])
     assert json.loads(Path("stopped/best.json").read_text()) == {"iter": 1}
 
 
 def test_a_prior_of_fixed_levels_is_walked_and_refused_for_posteriors(capsys):
     model = ["--model.parametrisation", "mem", "--model.sigma", "[1.0, 2.0]", "--model.measurements", "2", "--model.metaencoder", "true"]
     main(["train", "--data", "clean.npz", "--out", "t", *SMALL, *model, "--train.objective", "mdsm"])
+    assert "next: emdiff sample" in (said := capsys.readouterr().out) and "--init-prior" not in said
     main(["sample", "--run", "t", "--count", "3", "--steps", "20", "--device", "cpu"])
     main(["sample", "--run", "t", "--chain", "true", "--steps", "20", "--every", "5", "--device", "cpu"])
     with np.load("samples.npz") as file:
@@ -239,6 +233,7 @@ def test_a_prior_without_its_run_is_sampled_and_denoises(capsys):
     """A file that came from elsewhere does what its run does, where a prior is all that is needed."""
     main(["train", "--data", "clean.npz", "--out", "t", *SMALL])
     assert yaml.safe_load(Path("t/config.yaml").read_text())["held_out"] == 6  # of 120, where nothing was said
+    assert "emdiff fit --init-prior t/prior.safetensors" in capsys.readouterr().out
     shutil.copy("t/prior.safetensors", "alone.safetensors")
     made = {}
     for run in ("t", "alone.safetensors"):
