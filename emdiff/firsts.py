@@ -21,7 +21,8 @@ from emdiff.mdae import MDAE
 from emdiff.near import beside, near_data
 from emdiff.outline import Listener, Plan
 from emdiff.posterior import sample_posterior
-from emdiff.prior import Prior, build_network, load_prior, set_precision
+from emdiff.precision import set_precision
+from emdiff.prior import Prior, build_network, load_prior
 from emdiff.processes import ALONE, Team
 from emdiff.rows import BLOCK, Array, Index, Rows, row_spans, spans, steps
 from emdiff.scale import Scale

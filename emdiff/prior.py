@@ -22,11 +22,11 @@ from emdiff.basewalk import descend, free
 from emdiff.checkpoint import save_tensors
 from emdiff.denoise import Denoiser
 from emdiff.errors import UsageError, one_line
-from emdiff.mdae import MDAE, ChannelMDAE
+from emdiff.mdae import MDAE
 from emdiff.mixture import MixtureDenoiser
 from emdiff.models import KINDS, build_model, fixed_levels
-from emdiff.muvb import MUVB
 from emdiff.nn import MLP, UNet
+from emdiff.precision import set_precision
 from emdiff.scale import Scale
 
 NETWORKS: dict[str, type[nn.Module]] = {"unet": UNet, "mlp": MLP}
@@ -104,27 +104,6 @@ def build_network(shape: tuple[int, ...], kind: str, base: int = 0, **options: A
     d = math.prod(shape)
     blank = MixtureDenoiser(torch.full((base,), 1 / base), torch.zeros(base, d), torch.eye(d).expand(base, d, d)) if base else None
     return MDAE(NETWORKS[kind](shape, **options), spread=0.2 if kind == "unet" else 1.0, base=blank)
-
-
-def set_precision(denoiser: Denoiser, device: str) -> Denoiser:
-    """Run the convolutional networks of an MDAE, or of a MUVB of fixed levels, in bfloat16 where the hardware computes in it; returns the denoiser.
-
-    Other energies stay in float32: where noise is small their score is a difference of large terms. So do volumes: the backward pass of torch 2.15's
-    three-dimensional convolutions in bfloat16 on a CPU was seen to give NaN.
-    """
-    if not isinstance(denoiser, (MDAE, ChannelMDAE, MUVB)):
-        return denoiser
-    flat = any(isinstance(module, (nn.Conv1d, nn.Conv2d)) for module in denoiser.modules())
-    fine = isinstance(denoiser, MUVB) and denoiser.pooled
-    denoiser.bf16 = flat and not fine and has_bfloat16(device)
-    return denoiser
-
-
-def has_bfloat16(device: str) -> bool:
-    """Whether a device, "cpu" or "cuda", computes convolutions in bfloat16 in hardware."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return device == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def save_prior(path: Path, prior: Prior) -> None:

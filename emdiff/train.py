@@ -23,7 +23,8 @@ from emdiff.models import fixed_levels
 from emdiff.near import beside, near
 from emdiff.objectives import ManyLevels, OneSet, errors
 from emdiff.outline import Listener
-from emdiff.prior import TAU_FIRST, Prior, build_network, load_prior, sample_prior, save_prior, set_precision
+from emdiff.precision import set_precision
+from emdiff.prior import TAU_FIRST, Prior, build_network, load_prior, sample_prior, save_prior
 from emdiff.runs import Run
 from emdiff.scale import Scale
 from emdiff.streams import stream, stream_seed

@@ -36,7 +36,8 @@ from emdiff.observations import Observations
 from emdiff.outline import Plan
 from emdiff.pairs import PairLoss, Pairs, drawn
 from emdiff.plan import NO_LIMIT, default_train_batch
-from emdiff.prior import build_network, choose_network, set_precision
+from emdiff.precision import set_precision
+from emdiff.prior import build_network, choose_network
 from emdiff.relax import SPREAD, closes, followed, over_relaxed, relaxed_walk
 from emdiff.rows import steps
 from emdiff.scale import Scale, estimate_scale

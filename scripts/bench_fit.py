@@ -46,7 +46,8 @@ from emdiff.observations import Observations, read_observations, read_truth
 from emdiff.pairs import PairLoss
 from emdiff.plan import default_train_batch
 from emdiff.posterior import run_walk
-from emdiff.prior import Prior, build_network, choose_network, load_prior, save_prior, set_precision
+from emdiff.precision import set_precision
+from emdiff.prior import Prior, build_network, choose_network, load_prior, save_prior
 from emdiff.scale import Scale, estimate_scale
 from emdiff.streams import stream, stream_seed
 from emdiff.training import train

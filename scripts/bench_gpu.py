@@ -35,7 +35,8 @@ from emdiff.data import Observations
 from emdiff.em import Draws, Walk, e_step
 from emdiff.mdae import MDAE
 from emdiff.pairs import PairLoss
-from emdiff.prior import build_network, choose_network, set_precision
+from emdiff.precision import set_precision
+from emdiff.prior import build_network, choose_network
 from emdiff.rows import SMALL, Rows, of_npy
 from emdiff.streams import stream
 from emdiff.training import train

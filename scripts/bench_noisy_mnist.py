@@ -37,7 +37,8 @@ from emdiff.metrics import FeatureDistance, residual_chi2
 from emdiff.observations import Observations, read_observations, read_truth
 from emdiff.pairs import PairLoss
 from emdiff.posterior import run_walk
-from emdiff.prior import Prior, build_network, choose_network, load_prior, sample_prior, save_prior, set_precision
+from emdiff.precision import set_precision
+from emdiff.prior import Prior, build_network, choose_network, load_prior, sample_prior, save_prior
 from emdiff.scale import Scale, estimate_scale
 from emdiff.streams import stream, stream_seed
 from emdiff.training import train

@@ -24,7 +24,8 @@ from emdiff.datasets import Dataset
 from emdiff.models import fixed_levels
 from emdiff.objectives import OneSet
 from emdiff.plan import resolve_device
-from emdiff.prior import build_network, set_precision
+from emdiff.precision import set_precision
+from emdiff.prior import build_network
 from emdiff.scale import Scale
 from emdiff.settings import ModelSettings, ObjectiveSettings
 from emdiff.train import Standardised

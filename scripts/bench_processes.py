@@ -29,7 +29,8 @@ from emdiff.data import Observations
 from emdiff.em import Draws, Walk, e_step
 from emdiff.folder import RunFolder
 from emdiff.pairs import PairLoss
-from emdiff.prior import build_network, choose_network, set_precision
+from emdiff.precision import set_precision
+from emdiff.prior import build_network, choose_network
 from emdiff.processes import ALONE, Team, joined
 from emdiff.rounds import of_all
 from emdiff.streams import stream

@@ -32,7 +32,8 @@ from emdiff.em import Walk, e_step
 from emdiff.metrics import sample_figures
 from emdiff.observations import open_observations
 from emdiff.pairs import PairLoss
-from emdiff.prior import build_network, set_precision
+from emdiff.precision import set_precision
+from emdiff.prior import build_network
 from emdiff.rows import fill, spans
 from emdiff.scale import Scale, estimate_scale
 from emdiff.streams import stream

@@ -24,7 +24,8 @@ from torch import Tensor
 from emdiff.mdae import MDAE
 from emdiff.memory import Optimiser
 from emdiff.observations import read_observations, read_truth
-from emdiff.prior import build_network, choose_network, set_precision
+from emdiff.precision import set_precision
+from emdiff.prior import build_network, choose_network
 from emdiff.scale import estimate_scale
 from emdiff.start import antithetic, recorrupt, self_supervised_loss
 from emdiff.streams import stream, stream_seed

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from emdiff.em import Draws
 from emdiff.pairs import PairLoss
-from emdiff.prior import Prior, build_network, choose_network, load_prior, save_prior, set_precision
+from emdiff.precision import set_precision
+from emdiff.prior import Prior, build_network, choose_network, load_prior, save_prior
 from emdiff.scale import Scale
 from emdiff.streams import stream, stream_seed
 from emdiff.training import train

@@ -24,7 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from emdiff.guidance import FusedPosterior, PosteriorDenoiser
 from emdiff.mdae import MDAE
-from emdiff.prior import build_network, choose_network, set_precision
+from emdiff.precision import set_precision
+from emdiff.prior import build_network, choose_network
 from observers import Identity, Mask
 
 KINDS = {

@@ -21,7 +21,8 @@ from emdiff.gaussian import fit_gaussian, pathwise
 from emdiff.metrics import FeatureDistance, residual_chi2, sliced_wasserstein
 from emdiff.pairs import PairLoss
 from emdiff.posterior import Posterior, sample_posterior
-from emdiff.prior import Prior, build_network, choose_network, load_prior, sample_prior, save_prior, set_precision
+from emdiff.precision import set_precision
+from emdiff.prior import Prior, build_network, choose_network, load_prior, sample_prior, save_prior
 from emdiff.scale import Scale, estimate_scale
 from emdiff.streams import stream, stream_seed
 from emdiff.training import train

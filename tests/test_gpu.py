@@ -30,7 +30,8 @@ from emdiff.near import near, near_data
 from emdiff.nn import UNet
 from emdiff.objectives import OneSet
 from emdiff.pairs import PairLoss
-from emdiff.prior import build_network, load_prior, set_precision
+from emdiff.precision import set_precision
+from emdiff.prior import build_network, load_prior
 from emdiff.rows import Rows
 from emdiff.scale import Scale
 from emdiff.train import Standardised

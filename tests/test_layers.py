@@ -41,7 +41,7 @@ LAYERS = [
     {"basewalk", "shrink", "paper_nets", "poisson", "turns"},
     {"mem"},
     {"muvb"},
-    {"models"},
+    {"models", "precision"},
     {"prior", "runs"},
     {"compiled"},
     {"em", "pool", "chain", "datasets"},

@@ -16,7 +16,8 @@ from emdiff.measurement import align, measure, pool
 from emdiff.mem import MEM
 from emdiff.models import build_model, fixed_levels
 from emdiff.muvb import MUVB, kl
-from emdiff.prior import Prior, build_network, load_prior, save_prior, set_precision
+from emdiff.precision import set_precision
+from emdiff.prior import Prior, build_network, load_prior, save_prior
 from emdiff.scale import Scale
 from observers import Identity
 
@@ -183,9 +184,9 @@ def test_muvb_of_fixed_levels_runs_in_bfloat16(view, monkeypatch):
         torch.nn.init.normal_(p, std=0.4)
     y = 3 * torch.randn(16, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     exact = model.xhat(y, levels).detach()
-    monkeypatch.setattr("emdiff.prior.has_bfloat16", lambda device: False)
+    monkeypatch.setattr("emdiff.precision.has_bfloat16", lambda device: False)
     assert torch.equal(set_precision(model, "cpu").xhat(y, levels), exact)
-    monkeypatch.setattr("emdiff.prior.has_bfloat16", lambda device: True)  # others compute in it too, slowly
+    monkeypatch.setattr("emdiff.precision.has_bfloat16", lambda device: True)  # others compute in it too, slowly
     found = set_precision(model, "cpu").xhat(y, levels).detach()
     error = float(((found - exact).square().mean() / exact.var()).sqrt())
     assert found.dtype == torch.float32 and (1e-3 < error < 0.05 if view == "channels" else error == 0)
