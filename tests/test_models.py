@@ -155,6 +155,23 @@ class Constant(torch.nn.Module):
         return self.said.expand(len(z), -1)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_the_free_energy_is_an_expectation_over_q(training):
+    """A linear decoder and q = N(m, diag(s^2)): E |y - W z|^2 = |y - W m|^2 + sum_ij W_ij^2 s_j^2, in training over fresh draws for every datum; in
+    eval mode over the fixed ones, whose second moments stand for 1."""
+    W, said = torch.tensor([[0.9, 0.3], [0.6, -0.45], [0.0, 0.5]], dtype=torch.float64), torch.tensor([0.02, -0.03, -1.2, -0.4], dtype=torch.float64)
+    model = MUVB(Constant(said), Loadings(W), 2, levels=SIGMA[:1], draws=4).double().train(training)
+    y, sigma = torch.full((20_000 if training else 2, 1, 3), 0.7, dtype=torch.float64), SIGMA[:1]
+    mean, std = said[:2], (said[2:] / (1 + (said[2:] / 5).square()).sqrt()).exp()
+    second = torch.eye(2, dtype=torch.float64) if training else (model.eps[:, 0].T @ model.eps[:, 0]) / 4
+    spread = torch.trace(W @ torch.diag(std) @ second @ torch.diag(std) @ W.T)
+    due = ((y[0, 0] - W @ mean).square().sum() + spread) / (2 * sigma[0] ** 2) + kl(mean[None], std.log()[None])[0]
+    torch.manual_seed(0)
+    found = model.energy(y, sigma)
+    assert float(found.mean()) == pytest.approx(float(due), rel=0.01 if training else 1e-4)  # the mean of q is 1e-5 off what was said
+    assert (float(found.std()) > 0.1) == training
+
+
 def test_no_posterior_of_latents_is_much_wider_than_their_prior_or_far_out_in_it():
     """Mean and log std are as the encoder says near 0, and twice differentiable there; beyond, log std is held from -5 to 1/2, and the mean times its
     slope, which is that of the KL, below 3; a claim far beyond has a slope still."""
