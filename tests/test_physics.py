@@ -81,6 +81,9 @@ def test_parameters_of_another_call_leave_nothing_behind() -> None:
 
 
 def test_what_is_not_linear_or_not_supported_is_refused_by_name() -> None:
+    def unwritten(x: torch.Tensor, **_: object) -> torch.Tensor:
+        raise NotImplementedError
+
     refused = [
         (
             P.PhaseRetrieval(P.Denoising()) if not hasattr(P, "RandomPhaseRetrieval") else P.RandomPhaseRetrieval(m=4, img_size=(1, 4, 4)),
@@ -89,6 +92,7 @@ def test_what_is_not_linear_or_not_supported_is_refused_by_name() -> None:
         (P.Haze(), "'Haze' is not a LinearPhysics"),
         (P.Pansharpen((3, H, H)), "'Pansharpen' makes something else than one real tensor"),
         (P.LinearPhysics(A=lambda x, **_: 2 * x, A_adjoint=lambda y, **_: 3 * y), "'LinearPhysics': its A_adjoint is not the adjoint"),
+        (P.LinearPhysics(A=unwritten), "'LinearPhysics' cannot be used on x of shape .*: NotImplementedError"),
     ]
     for physics, message in refused:
         with pytest.raises(ValueError, match=message):
